@@ -1,0 +1,39 @@
+"""The nouns: strategies, formats, the packed cache and what it holds."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..kernels.format import Format, LayerFormat, Side
+from ..kernels.quantize import Tables
+from .memory import MemoryReport
+from .protocol import CacheQuantizer, LayerSpec, Strategy
+
+if TYPE_CHECKING:
+    from .hf.attach import attach, detach
+    from .hf.cache import PackedCache
+    from .hf.simulate import SimulatedCache
+
+__all__ = [
+    "CacheQuantizer",
+    "Format",
+    "LayerFormat",
+    "LayerSpec",
+    "MemoryReport",
+    "PackedCache",
+    "Side",
+    "SimulatedCache",
+    "Strategy",
+    "Tables",
+    "attach",
+    "detach",
+]
+
+# transformers takes seconds to import; plugins and `cachequant list` do not need it
+_LAZY = {"PackedCache": "cache", "SimulatedCache": "simulate", "attach": "attach", "detach": "attach"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".hf.{_LAZY[name]}", __name__), name)

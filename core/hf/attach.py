@@ -1,0 +1,196 @@
+"""Switching a model to our attention, and back."""
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention import IMPLEMENTATION
+from .rope import RotaryFunction, find_rotary_function
+
+if TYPE_CHECKING:
+    from ..protocol import CacheQuantizer
+    from .cache import PackedCache
+    from .layer import PackedLayer
+
+PROBE_TOKENS = 4
+
+
+class _Attachment(NamedTuple):
+    previous: str | None
+    hooks: list[Any]
+
+
+_attached: "weakref.WeakKeyDictionary[nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Make our attention function the model's; doing it again changes nothing.
+
+    Without a packed cache the function does what SDPA does, so the model still works with any other cache.
+
+    Raises ValueError when the model does not let its attention be replaced.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if model not in _attached:
+        previous = config._attn_implementation
+        hooks = [
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+            for module in attention_modules(model)
+        ]
+        _attached[model] = _Attachment(previous, hooks)
+    if config._attn_implementation != IMPLEMENTATION:
+        _set_implementation(model, IMPLEMENTATION)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give the model its own attention back; packed caches made for it then read through dequantized tensors."""
+    attachment = _attached.pop(model, None)
+    if attachment is None:
+        return
+    for hook in attachment.hooks:
+        hook.remove()
+    _set_implementation(model, attachment.previous)
+
+
+@contextmanager
+def automatic(model: PreTrainedModel, strategy: "CacheQuantizer", **options: Any) -> Iterator[PreTrainedModel]:
+    """Every `generate` without a cache gets a fresh `PackedCache(model, strategy, **options)` while this is open.
+
+    For pipelines, evaluation harnesses and scripts that cannot be edited. A cache the caller passes, a
+    `cache_implementation` and `use_cache=False` are respected. On leaving, the model is as it was before.
+    """
+    from .cache import PackedCache
+
+    PackedCache(model, strategy, **options)  # complain now, not in the first generate
+    prepare = model._prepare_cache_for_generation
+
+    def prepare_packed(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        if free and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = PackedCache(model, strategy, **options)
+        return prepare(generation_config, model_kwargs, *args, **kwargs)
+
+    overridden = model.__dict__.get("_prepare_cache_for_generation")
+    model.__dict__["_prepare_cache_for_generation"] = prepare_packed
+    try:
+        yield model
+    finally:
+        if overridden is None:
+            del model.__dict__["_prepare_cache_for_generation"]
+        else:
+            model.__dict__["_prepare_cache_for_generation"] = overridden
+        detach(model)
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that write to the cache: they know their layer and take the cache as an argument."""
+    found = []
+    for module in model.modules():
+        if not isinstance(getattr(module, "layer_idx", None), int):
+            continue
+        parameters = _parameters(type(module))
+        takes_cache = "past_key_values" in parameters or "layer_past" in parameters
+        inner = any(isinstance(getattr(child, "layer_idx", None), int) for child in module.children())
+        if takes_cache and "hidden_states" in parameters and not inner:
+            found.append(module)
+    return found
+
+
+@lru_cache(maxsize=None)
+def _parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
+    # of the class: accelerate replaces `forward` on instances
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    part = next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
+    # only the decoder reads the cache: a vision tower keeps its own attention
+    model.set_attn_implementation(name if part is None else {part: name})  # type: ignore[arg-type]
+    if text._attn_implementation != name:
+        raise ValueError(
+            f"{type(model).__name__} did not accept the attention implementation {name!r}, it uses "
+            f"{text._attn_implementation!r}; this architecture computes attention in a way that cannot be replaced"
+        )
+
+
+def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tell the layer about padding and, where keys are stored before RoPE, swap the position embeddings."""
+    from .cache import PackedCache
+    from .layer import PackedLayer
+
+    bound = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    cache_name = "past_key_values" if "past_key_values" in bound else "layer_past"
+    cache = bound.get(cache_name)
+    if not isinstance(cache, PackedCache) or module.layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[module.layer_idx]
+    if not isinstance(layer, PackedLayer):
+        return None
+    layer.note_mask(bound.get("attention_mask"))
+    if not layer.before_rope:
+        return None
+    return (), _with_identity_rope(module, cache, layer, bound, cache_name)
+
+
+def _with_identity_rope(
+    module: nn.Module, cache: "PackedCache", layer: "PackedLayer", bound: dict[str, Any], cache_name: str
+) -> dict[str, Any]:
+    """The arguments of the attention call with embeddings that rotate nothing; the layer keeps the true ones."""
+    implementation = module.config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f"this cache stores keys before RoPE, which only the attention implementation {IMPLEMENTATION!r} can read; "
+            f"the model now uses {implementation!r}. Switch it back, or use a strategy with rope='post'"
+        )
+    angles = bound.get("position_embeddings")
+    real = isinstance(angles, tuple) and all(isinstance(t, Tensor) and not t.is_complex() for t in angles)
+    if not real or len(angles) != 2:
+        raise ValueError(
+            f"keys before RoPE are not supported for {type(module).__name__}: it is given no position_embeddings "
+            "(cos, sin). Use a strategy that stores keys after RoPE"
+        )
+    cos, sin = angles
+
+    def project(cos: Tensor, sin: Tensor) -> Tensor:
+        probe = _Probe()
+        arguments = {**bound, "position_embeddings": (cos, sin), "attention_mask": None, cache_name: probe}
+        arguments["hidden_states"] = bound["hidden_states"][:, :PROBE_TOKENS]
+        for name in ("position_ids", "cache_position"):
+            if isinstance(bound.get(name), Tensor):
+                arguments[name] = bound[name][..., :PROBE_TOKENS]
+        with torch.no_grad():
+            module.forward(**arguments)
+        return probe.keys
+
+    def find() -> RotaryFunction:
+        return find_rotary_function(module, cos[:, :PROBE_TOKENS], sin[:, :PROBE_TOKENS], project)
+
+    rotary = cache.rotary_function(module, cos.shape[-1], find)
+    kind = getattr(module, "layer_type", None) or ("sliding" if getattr(module, "is_sliding", False) else "full")
+    table = cache.rotary_table(kind, str(cos.device))
+    table.append(cos, sin, layer.get_seq_length(), layer.index)
+    layer.note_rope(module, rotary, table, cos, sin)
+    one, zero = cos.new_ones(()).expand_as(cos), sin.new_zeros(()).expand_as(sin)
+    return {**bound, "position_embeddings": (one, zero)}
+
+
+class _Probe:
+    """Stands in for the cache while the rotary function is probed, and remembers the keys."""
+
+    keys: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys = key_states
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0

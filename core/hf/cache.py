@@ -1,0 +1,250 @@
+"""The packed cache: a transformers `Cache` whose full-attention layers hold what a strategy makes of them."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..memory import MemoryReport
+from ..protocol import CacheQuantizer, LayerSpec
+from .attach import attach, attention_modules
+from .layer import Options, PackedLayer
+from .rope import RotaryFunction, RotaryTable
+
+
+class CacheOptions(BaseModel):
+    """The options of `PackedCache`, checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    residual_length: int = Field(128, ge=0, description="Newest tokens that are always exact.")
+    sink_tokens: int = Field(0, ge=0, le=128, description="First real tokens of each row kept exact.")
+    skip_layers: tuple[int, ...] = Field((), description="Layers kept exact; negative counts from the last.")
+
+
+class PackedCache(Cache):
+    """A cache to pass as `past_key_values`, holding quantized keys and values as packed bytes.
+
+    Constructing it attaches to the model: our attention function, which reads packed bytes, becomes its attention
+    implementation (`detach(model)` undoes it). Everything else about the model and `generate` stays as it is: beams,
+    sampling, padded batches, chunked prefill, several turns, assisted decoding.
+
+    The forward that fills an empty cache attends to its own exact keys and values; every later one reads what is
+    stored. Layers that are not full attention (sliding window, linear, hybrid) keep the host's own layer.
+
+    model: a decoder-only transformers model.
+    strategy: from `registry.get(name)(...)`, or any `CacheQuantizer`.
+    residual_length: newest tokens kept exact; up to `block - 1` more wait there to fill a block.
+    sink_tokens: first real tokens of each batch row kept exact.
+    skip_layers: indices of layers to leave exact, `-1` being the last.
+
+    Raises ValueError for encoder-decoder models, for layers that do not exist, and for shapes the strategy refuses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        strategy: CacheQuantizer,
+        *,
+        residual_length: int = 128,
+        sink_tokens: int = 0,
+        skip_layers: Iterable[int] = (),
+    ) -> None:
+        if not isinstance(strategy, CacheQuantizer):
+            raise TypeError(
+                f"strategy must be a CacheQuantizer such as registry.get('uniform')(bits=4), got {strategy!r}"
+            )
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder model; PackedCache serves decoder-only models"
+            )
+        self.strategy = strategy
+        self.options = CacheOptions(
+            residual_length=residual_length, sink_tokens=sink_tokens, skip_layers=tuple(skip_layers)
+        )
+        config = model.config.get_text_config(decoder=True)
+        host = DynamicCache(config=config).layers
+        skipped = {_layer_index(index, len(host)) for index in self.options.skip_layers}
+        # layers that borrow another layer's keys and values are never written
+        borrowing = getattr(config, "num_kv_shared_layers", 0) or 0
+        kept = Options(self.options.residual_length, self.options.sink_tokens)
+        layers = [
+            self._layer(strategy, index, len(host), kept)
+            if type(layer) is DynamicLayer and index not in skipped and index < len(host) - borrowing
+            else layer
+            for index, layer in enumerate(host)
+        ]
+        super().__init__(layers=layers)
+        self._tables: dict[tuple[str, str], RotaryTable] = {}
+        self._rotary: dict[tuple[type, int], RotaryFunction] = {}
+        self._ask_strategy(model)
+        attach(model)
+
+    def _layer(self, strategy: CacheQuantizer, index: int, layers: int, options: Options) -> PackedLayer:
+        return PackedLayer(strategy, index, layers, options)
+
+    @property
+    def packed_layers(self) -> list[PackedLayer]:
+        """The layers that a strategy packs."""
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the states of one layer; returns lazy handles for packed layers.
+
+        Raises RuntimeError when an earlier forward was interrupted between two layers.
+        """
+        packed = self.packed_layers
+        if packed and packed[0].index == layer_idx:
+            self._require_aligned(packed)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def memory(self) -> MemoryReport:
+        """What is held right now, counted from storages."""
+        rows: dict[str, int] = {}
+        elements = exact = host = 0
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                for name, size in layer.used_bytes().items():
+                    rows[name] = rows.get(name, 0) + size
+                elements += layer.elements()
+                exact += layer.elements() * layer.dtype.itemsize if layer.is_initialized else 0
+            else:
+                tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+                host += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+                states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+                elements += sum(t.numel() for t in states)
+                exact += sum(t.numel() * t.element_size() for t in states)
+        rows["rope"] = sum(table.held_bytes() for table in self._tables.values())
+        rows["host layers"] = host
+        return MemoryReport(
+            tokens=self.get_seq_length(),
+            elements=elements,
+            exact_bytes=exact,
+            device_bytes=sum(rows.values()),
+            host_bytes=0,
+            rows=rows,
+        )
+
+    # ---- changes of batch and length reach the rotary tables too ---------------------------------------------------
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens; also mends a cache whose last forward was interrupted.
+
+        Raises ValueError when a layer that is not packed cannot be cut to that length.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.truncate(length)
+                continue
+            surplus = layer.get_seq_length() - length if hasattr(layer, "get_seq_length") else 0
+            if surplus > 0:
+                layer.crop(-surplus)  # type: ignore[union-attr]
+        self._truncate_tables()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers: `crop(-k)` removes the newest `k` tokens."""
+        super().crop(tokens_to_remove)
+        self._truncate_tables()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self._tables.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes the old row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
+        self._map_tables(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._map_tables(lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, Tensor) else indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_tables(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    # ---- keys before RoPE, called by the attention hook ------------------------------------------------------------
+
+    def rotary_table(self, kind: str, device: str) -> RotaryTable:
+        """The table of one kind of layer on one device."""
+        return self._tables.setdefault((kind, device), RotaryTable())
+
+    def rotary_function(self, module: nn.Module, dims: int, find: Callable[[], RotaryFunction]) -> RotaryFunction:
+        """The rotary function of an attention class, probed once per cache."""
+        key = (type(module), dims)
+        if key not in self._rotary:
+            self._rotary[key] = find()
+        return self._rotary[key]
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file with a JSON header; see `core/hf/persist.py`."""
+        from .persist import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQuantizer) -> "PackedCache":
+        """Read a cache written by `save`, for the same model and strategy.
+
+        Raises ValueError naming what differs, or that the file is damaged.
+        """
+        from .persist import load
+
+        return load(path, model, strategy)
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _ask_strategy(self, model: PreTrainedModel) -> None:
+        """Ask about every layer with the shapes its module declares, so that a misfit shows before a forward."""
+        modules = {module.layer_idx: module for module in attention_modules(model)}
+        for layer in self.packed_layers:
+            module = modules.get(layer.index)
+            # latent attention caches other tensors than its heads: asked at its first update
+            if module is None or hasattr(module, "kv_lora_rank"):
+                continue
+            config = module.config
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            formats = self.strategy.formats(LayerSpec(layer.index, len(self.layers), heads, head_dim, head_dim))
+            layer.before_rope = formats is not None and formats.key.rope == "pre"
+            if layer.before_rope and "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+                raise ValueError(
+                    f"{self.strategy!r} stores keys before RoPE, but {type(module).__name__} takes no "
+                    "position_embeddings (cos, sin); use a strategy that stores keys after RoPE"
+                )
+
+    def _require_aligned(self, packed: list[PackedLayer]) -> None:
+        lengths = {layer.index: layer.get_seq_length() for layer in packed}
+        shortest = min(lengths.values())
+        if shortest != max(lengths.values()):
+            behind = [index for index, length in lengths.items() if length == shortest]
+            raise RuntimeError(
+                f"an earlier forward was interrupted: layers {behind} hold {shortest} tokens, others "
+                f"{max(lengths.values())}. Call cache.truncate({shortest}) to drop what was half written"
+            )
+
+    def _truncate_tables(self) -> None:
+        for table in self._tables.values():
+            table.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
+
+    def _map_tables(self, change: Callable[[Tensor], Tensor]) -> None:
+        for table in self._tables.values():
+            table.map(change)
+
+
+def _layer_index(index: int, layers: int) -> int:
+    if not -layers <= index < layers:
+        raise ValueError(f"skip_layers names layer {index}, the model has layers 0 to {layers - 1}")
+    return index % layers

@@ -1,0 +1,23 @@
+"""Where transformers versions from 5.13 on differ."""
+
+import transformers
+from packaging.version import Version
+
+# before 5.15 a positive `crop` argument was the length to keep, and 0 emptied the cache
+CROP_IS_RELATIVE = Version(transformers.__version__) >= Version("5.15.0.dev0")
+
+
+def tokens_to_keep(length: int, argument: int) -> int:
+    """Length after `crop(argument)` on a cache of `length` tokens, as the installed transformers means it.
+
+    Raises ValueError for a positive argument where it no longer has a meaning.
+    """
+    if argument < 0:
+        return max(0, length + argument)
+    if not CROP_IS_RELATIVE:
+        return min(argument, length)
+    if argument > 0:
+        raise ValueError(
+            f"crop({argument}): pass a negative number of tokens to remove, or use cache.truncate(length) to keep some"
+        )
+    return length

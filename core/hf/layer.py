@@ -1,0 +1,464 @@
+"""One layer of the packed cache: sinks, packed blocks and exact tail."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from ...kernels import quantize
+from ...kernels.format import Format, LayerFormat, Side
+from ...kernels.quantize import Tables
+from ..protocol import CacheQuantizer, LayerSpec
+from ..store import ExactTail, PackedStore, allocate
+from .attention import attend_packed
+from .compat import tokens_to_keep
+from .handles import LazyStates
+from .masks import Visibility, key_validity
+from .rope import RotaryFunction, RotaryTable
+
+# encoding works on this many numbers at a time, so that a long prompt needs no float32 copy of itself
+ENCODE_NUMBERS = 1 << 22
+
+
+EXACT = LayerFormat(key=Format(codes="exact"), value=Format(codes="exact"))
+
+_NOT_ATTACHED = (
+    "layer {} stores keys before RoPE but was given no position embeddings: the model is not attached. "
+    "Construct the cache with the model that uses it, PackedCache(model, strategy), and do not detach in between"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the cache keeps exact, whatever the strategy."""
+
+    residual_length: int
+    sink_tokens: int
+
+
+class Chunk(NamedTuple):
+    """Packed blocks of both sides, tokens `[start, stop)`."""
+
+    start: int
+    stop: int
+    key: dict[str, Tensor]
+    value: dict[str, Tensor]
+
+
+class PackedLayer(CacheLayerMixin):
+    """Keys and values of one attention layer.
+
+    Tokens enter the exact tail; whenever it holds `residual_length` tokens and a whole block more, its oldest blocks
+    are encoded. So the newest `residual_length` tokens are always exact, and cropping that many touches nothing
+    packed. The first `sink_tokens` real tokens of each row are kept exact beside their codes, which attention skips.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, strategy: CacheQuantizer, index: int, layers: int, options: Options) -> None:
+        super().__init__()
+        self.strategy, self.index, self.options = strategy, index, options
+        self.before_rope = False
+        """Whether this layer expects keys before RoPE; set by the cache, which knows the module."""
+        self._layers = layers
+        self.version = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.tables: dict[Side, Tables] = {}
+        self.stores: dict[Side, PackedStore] = {"key": PackedStore(), "value": PackedStore()}
+        self.tails: dict[Side, ExactTail] = {}
+        self._sinks: dict[Side, Tensor] = {}
+        self._first: Tensor | None = None  # index of each row's first real token; None: 0 for all
+        self._mask: Tensor | None = None
+        self._rotary: RotaryFunction | None = None
+        self._table: RotaryTable | None = None
+        self._query_angles: tuple[Tensor, Tensor] | None = None
+        self._query_owner: nn.Module | None = None
+        self._rope_noted = False
+
+    # ---- what transformers calls -----------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Ask the strategy for this layer's formats, given the shapes that really arrive."""
+        spec = LayerSpec(
+            self.index, self._layers, key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        )
+        formats = self.strategy.formats(spec) or EXACT
+        if (formats.key.rope == "pre") != self.before_rope:
+            raise ValueError(
+                f"layer {self.index}: keys before RoPE are not supported for states of shape {tuple(key_states.shape)}, "
+                "which differ from the module's heads; use a strategy that stores keys after RoPE"
+            )
+        if not key_states.is_floating_point():
+            raise ValueError(f"layer {self.index}: keys are {key_states.dtype}; a cache holds floating-point states")
+        self.tables = {
+            side: self.strategy.tables(spec, side).to(key_states.device) for side in ("key", "value")
+        }
+        self.formats: LayerFormat = formats
+        self.kv_heads, self.head_dim, self.value_dim = spec.kv_heads, spec.head_dim, spec.value_dim
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.tails = {"key": ExactTail(key_states), "value": ExactTail(value_states)}
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store `[batch, kv_heads, tokens, dim]` and return lazy handles to all tokens.
+
+        Raises ValueError, with nothing stored, when batch, heads, dtype or device differ from what the cache holds.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._require_same(key_states, "key")
+        self._require_same(value_states, "value")
+        if self.before_rope and not self._rope_noted:
+            raise RuntimeError(_NOT_ATTACHED.format(self.index))
+        past = self.get_seq_length()
+        with torch.no_grad():
+            self._store(key_states.detach(), value_states.detach())
+        self.version += 1
+        self._mask, self._rope_noted = None, False
+        exact = (key_states, value_states) if past == 0 else (None, None)
+        length = self.get_seq_length()
+        return (
+            LazyStates(self, "key", key_states, length, exact[0]),
+            LazyStates(self, "value", value_states, length, exact[1]),
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens held per batch row, padding included."""
+        return self.packed_tokens + self.tails["key"].length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys after the coming update, index of the first)."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Unbounded."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens (older transformers: keep `tokens_to_remove`)."""
+        self.truncate(tokens_to_keep(self.get_seq_length(), tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.version += 1
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes the old row `beam_idx[i]`."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, Tensor) else indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Refuse: transformers would offload between update and attention, while a handle still reads the data."""
+        raise NotImplementedError("a packed cache cannot be offloaded layer by layer; use fewer bits or device_map")
+
+    prefetch = offload
+
+    # ---- length ----------------------------------------------------------------------------------------------------
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens in packed blocks."""
+        return self.stores["key"].blocks * self.formats.block if self.is_initialized else 0
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens.
+
+        A cut inside a packed block decodes the rest of that block into the tail, where it is packed again later.
+        """
+        if length >= self.get_seq_length():
+            return
+        self.version += 1
+        if length >= self.packed_tokens:
+            for tail in self.tails.values():
+                tail.truncate(length - self.packed_tokens)
+            return
+        blocks, rest = divmod(length, self.formats.block)
+        for side in ("key", "value"):
+            cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.dtype)
+            self._restore_sinks(cut, blocks * self.formats.block, side)
+            self.tails[side].replace(cut[:, :, :rest])
+            self.stores[side].truncate(blocks)
+
+    # ---- what attention reads --------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: Tensor,
+        key: LazyStates,
+        value: LazyStates,
+        visibility: Visibility,
+        scaling: float,
+        softcap: float | None,
+        s_aux: Tensor | None,
+    ) -> Tensor:
+        """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
+        return attend_packed(self, query, visibility, scaling, softcap, s_aux)
+
+    def reads_packed(self, key: LazyStates) -> bool:
+        """Whether attention reads this layer's buffers, or the exact states of this very forward."""
+        return key.exact is None
+
+    def chunks(self, tokens: int) -> Iterator[Chunk]:
+        """The packed blocks, about `tokens` tokens at a time."""
+        block = self.formats.block
+        step = max(1, tokens // block)
+        for start in range(0, self.stores["key"].blocks, step):
+            stop = min(start + step, self.stores["key"].blocks)
+            key, value = (self.stores[side].read(start, stop) for side in ("key", "value"))
+            yield Chunk(start * block, stop * block, key, value)
+
+    def decode_chunk(self, chunk: Chunk, side: Side, dtype: torch.dtype) -> Tensor:
+        """Dense states of a chunk, keys after RoPE."""
+        states = self._decode(chunk.key if side == "key" else chunk.value, side, dtype)
+        return self.rotated(states, chunk.start) if side == "key" else states
+
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """The exact tail `[batch, kv_heads, length, dim]` of both sides, keys after RoPE."""
+        return self.rotated(self.tails["key"].read(), self.packed_tokens), self.tails["value"].read()
+
+    def sinks(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """positions and presence `[batch, sink_tokens]`, and the exact keys (after RoPE) and values at them."""
+        if not self._sinks or not self.packed_tokens:
+            return None
+        positions = self._sink_positions()
+        present = positions < self.packed_tokens
+        positions = positions.clamp(max=self.packed_tokens - 1)
+        key = self._sinks["key"]
+        if self.formats.key.rope == "pre":
+            key = self._rotate_at(key, positions)
+        return positions, present, key, self._sinks["value"]
+
+    def hidden_in_packed(self, start: int, stop: int) -> Tensor | None:
+        """Packed tokens of `[start, stop)` that attention reads elsewhere: bool `[batch, n]`, or None."""
+        if not self._sinks:
+            return None
+        last = self._sink_positions()[:, -1:]
+        if self._first is None and start > self.options.sink_tokens:
+            return None
+        return torch.arange(start, stop, device=self.device) <= last
+
+    def dequantize(self, side: Side) -> Tensor:
+        """All tokens of one side, dense, in the model's dtype, keys after RoPE."""
+        parts = []
+        if self.packed_tokens:
+            packed = self._decode(self.stores[side].read(), side, self.dtype)
+            self._restore_sinks(packed, 0, side)
+            parts.append(packed)
+        parts.append(self.tails[side].read())
+        states = torch.cat(parts, dim=2)
+        return self.rotated(states, 0) if side == "key" else states
+
+    # ---- RoPE and masks, handed over by the attention hook ---------------------------------------------------------
+
+    def note_mask(self, mask: Tensor | None) -> None:
+        """The attention mask of the coming forward: which tokens are padding decides statistics and sinks."""
+        self._mask = mask
+
+    def note_rope(self, owner: nn.Module, rotary: RotaryFunction, table: RotaryTable, cos: Tensor, sin: Tensor) -> None:
+        """The true position embeddings of the coming forward, for a format that stores keys before RoPE."""
+        self._rotary, self._table = rotary, table
+        self._query_angles, self._query_owner = (cos, sin), owner
+        self._rope_noted = True
+
+    @property
+    def rotary(self) -> RotaryFunction | None:
+        """The model's rotary function, once it has been probed."""
+        return self._rotary
+
+    def rotated_query(self, query: Tensor, module: nn.Module) -> Tensor:
+        """`query` after RoPE; only the module that was given identity embeddings still needs it."""
+        if self._rotary is None or self._query_angles is None or self._query_owner is not module:
+            return query
+        cos, sin = self._query_angles
+        return self._rotary(query, cos.to(query.dtype), sin.to(query.dtype))
+
+    def rotated(self, key: Tensor, start: int) -> Tensor:
+        """Stored keys `[batch, kv_heads, n, head_dim]` of the tokens from `start` on, after RoPE."""
+        if self.formats.key.rope == "post" or not key.shape[2]:
+            return key
+        rotary, table = self._require_rope()
+        return rotary(key, *table.read(start, start + key.shape[2], key.dtype))
+
+    # ---- bytes -----------------------------------------------------------------------------------------------------
+
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes by kind; with the spare capacity they are what is held."""
+        if not self.is_initialized:
+            return {}
+        sizes = {
+            f"{side} {name}": size
+            for side in ("key", "value")
+            for name, size in self.stores[side].used_bytes().items()
+        }
+        sizes["tail"] = sum(tail.used_bytes() for tail in self.tails.values())
+        sizes["sinks"] = sum(states.untyped_storage().nbytes() for states in self._sinks.values())
+        if self._first is not None:
+            sizes["sinks"] += self._first.untyped_storage().nbytes()
+        sizes["tables"] = sum(
+            tensor.untyped_storage().nbytes() for tables in self.tables.values() for tensor in tables.tensors().values()
+        )
+        buffers = [*self.stores.values(), *self.tails.values()]
+        used = sum(sum(store.used_bytes().values()) for store in self.stores.values()) + sizes["tail"]
+        sizes["spare"] = sum(buffer.held_bytes() for buffer in buffers) - used
+        return sizes
+
+    def elements(self) -> int:
+        """Numbers the held tokens stand for."""
+        if not self.is_initialized:
+            return 0
+        batch = self.tails["key"].read().shape[0]
+        return batch * self.kv_heads * self.get_seq_length() * (self.head_dim + self.value_dim)
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _require_same(self, states: Tensor, side: Side) -> None:
+        held = self.tails[side].read()
+        if states.shape[0] != held.shape[0]:
+            raise ValueError(
+                f"layer {self.index}: the cache holds a batch of {held.shape[0]}, this forward has {states.shape[0]}; "
+                "call cache.batch_repeat_interleave, cache.batch_select_indices or cache.reset first"
+            )
+        if states.shape[1] != held.shape[1] or states.shape[3] != held.shape[3]:
+            raise ValueError(
+                f"layer {self.index}: {side}s of shape {tuple(states.shape)} do not continue "
+                f"{tuple(held.shape)}; a cache serves one model"
+            )
+        if states.dtype != held.dtype or states.device != held.device:
+            raise ValueError(
+                f"layer {self.index}: {side}s are {states.dtype} on {states.device}, the cache holds {held.dtype} on "
+                f"{held.device}; call cache.reset() after moving or casting the model"
+            )
+
+    def _store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Append to the tail, and move whole blocks that are old enough from its front to the packed stores."""
+        block = self.formats.block
+        tokens = self.tails["key"].length + key_states.shape[2]
+        packing = max(0, tokens - self.options.residual_length) // block * block
+        if not packing:
+            self.tails["key"].append(key_states)
+            self.tails["value"].append(value_states)
+            return
+        new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
+        held = {
+            side: torch.cat([self.tails[side].read(), states], dim=2) if self.tails[side].length else states
+            for side, states in new.items()
+        }
+        valid, sinks, first = self._classify(packing, held)
+        # encode everything before anything is changed: a strategy that raises loses nothing
+        packed = {side: self._encode(states[:, :, :packing], side, valid) for side, states in held.items()}
+        for side, states in held.items():
+            self.stores[side].append(packed[side])
+            self.tails[side].replace(states[:, :, packing:])
+        self._sinks, self._first = sinks, first
+
+    def _encode(self, states: Tensor, side: Side, valid: Tensor | None) -> dict[str, Tensor]:
+        block = self.formats.block
+        fmt = getattr(self.formats, side)
+        step = max(1, ENCODE_NUMBERS // (states[:, :, :block].numel())) * block
+        parts = []
+        for start in range(0, states.shape[2], step):
+            piece = states[:, :, start : start + step]
+            seen = None if valid is None else valid[:, start : start + step]
+            parts.append(self.strategy.encode(piece, fmt, side, block, seen, self.tables[side]))
+        return {name: torch.cat([part[name] for part in parts], dim=2) if parts[1:] else parts[0][name] for name in parts[0]}
+
+    def _decode(self, packed: dict[str, Tensor], side: Side, dtype: torch.dtype) -> Tensor:
+        fmt = getattr(self.formats, side)
+        if fmt.codes == "custom":
+            return self.strategy.decode(packed, fmt, side, self.formats.block, self.tables[side]).to(dtype)
+        dim = self.head_dim if side == "key" else self.value_dim
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return quantize.decode(packed, fmt, side, dim, self.formats.block, self.tables[side], wide).to(dtype)
+
+    def _classify(
+        self, packing: int, held: dict[Side, Tensor]
+    ) -> tuple[Tensor | None, dict[Side, Tensor], Tensor | None]:
+        """Which of the tokens about to be packed belong in statistics, and the sinks after packing them."""
+        past = self.packed_tokens
+        validity = key_validity(self._mask)
+        first = self._first if past else None
+        valid = None
+        if validity is not None:
+            validity = validity.expand(held["key"].shape[0], -1)
+            valid = validity[:, past : past + packing]
+            if not past or first is not None:
+                found = torch.where(validity.any(-1), validity.int().argmax(-1), validity.shape[-1])
+                # a row that had begun before keeps its beginning, whatever this forward's mask hides
+                first = found if first is None else torch.where(first < past, first, found)
+        if not self.options.sink_tokens:
+            return valid, {}, None
+        batch = held["key"].shape[0]
+        positions = self._sink_positions(first, batch)
+        local = positions - past
+        entering = (local >= 0) & (local < packing)
+        sinks = {}
+        for side, states in held.items():
+            index = local.clamp(0, packing - 1)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            old = self._sinks.get(side)
+            if old is None:
+                old = allocate(states, tuple(index.shape)).zero_()
+            sinks[side] = torch.where(entering[:, None, :, None], states.gather(2, index), old)
+        if entering.any():
+            tokens = torch.arange(packing, device=self.device)
+            is_sink = (tokens[None, :, None] == local[:, None, :]).any(-1)
+            valid = ~is_sink if valid is None else valid & ~is_sink
+        return valid, sinks, first
+
+    def _sink_positions(self, first: Tensor | None = None, batch: int | None = None) -> Tensor:
+        """Token indices of the sinks, `[batch, sink_tokens]`."""
+        first = self._first if first is None else first
+        offsets = torch.arange(self.options.sink_tokens, device=self.device)
+        if first is None:
+            rows = batch if batch is not None else self._sinks["key"].shape[0]
+            return offsets.expand(rows, -1)
+        return first[:, None] + offsets
+
+    def _restore_sinks(self, states: Tensor, start: int, side: Side) -> None:
+        """Put the exact sinks in their places in decoded `states` of the tokens from `start` on, in place."""
+        if not self._sinks:
+            return
+        positions = self._sink_positions()
+        inside = (positions >= start) & (positions < min(start + states.shape[2], self.packed_tokens))
+        rows, slots = inside.nonzero(as_tuple=True)
+        states[rows, :, positions[rows, slots] - start] = self._sinks[side][rows, :, slots].to(states.dtype)
+
+    def _rotate_at(self, key: Tensor, positions: Tensor) -> Tensor:
+        rotary, table = self._require_rope()
+        cos, sin = table.read(0, self.packed_tokens, key.dtype)
+        index = positions[..., None].expand(-1, -1, cos.shape[-1])
+        rows = positions.shape[0]
+        return rotary(key, cos.expand(rows, -1, -1).gather(1, index), sin.expand(rows, -1, -1).gather(1, index))
+
+    def _require_rope(self) -> tuple[RotaryFunction, RotaryTable]:
+        if self._rotary is None or self._table is None:
+            raise RuntimeError(_NOT_ATTACHED.format(self.index))
+        return self._rotary, self._table
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.version += 1
+        if not self.is_initialized:
+            return
+        for buffer in (*self.stores.values(), *self.tails.values()):
+            buffer.map(change)
+        self._sinks = {side: change(states) for side, states in self._sinks.items()}
+        if self._first is not None:
+            self._first = change(self._first)
+        self._mask = None

@@ -1,0 +1,101 @@
+"""The mask our attention receives, and what a query may see of a segment."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The cheapest exact description of who sees whom; registered with transformers under our name.
+
+    None: causal, aligned to the newest key, for any number of queries and any past. Bool `[batch, kv_length]`: causal
+    with padding. Anything else (sliding, chunked, composed masks) is the full bool mask `[batch, 1, queries, keys]`.
+    """
+    plain = mask_function is causal_mask_function and local_size is None and kv_offset == 0
+    if plain and not isinstance(q_offset, Tensor) and q_offset + q_length == kv_length:
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        padding = attention_mask[:, -kv_length:].bool()
+        return torch.nn.functional.pad(padding, (0, kv_length - padding.shape[-1]), value=True)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **{**kwargs, "allow_is_causal_skip": False},
+    )
+
+
+def key_validity(mask: Tensor | None) -> Tensor | None:
+    """Which cached tokens are real: bool `[batch, keys]`, or None if all are."""
+    if mask is None or mask.ndim == 2:
+        return mask
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    return visible[:, 0].any(dim=-2)
+
+
+class Visibility:
+    """Which keys each query sees, served segment by segment.
+
+    Masks come as bool (False hides) or as floats to be added, in the shapes of `attention_mask` above or as the
+    user's own `[batch or 1, heads or 1, queries, keys]`.
+    """
+
+    def __init__(self, mask: Tensor | None, queries: int, keys: int, device: torch.device) -> None:
+        self._mask, self._queries, self._keys, self._device = mask, queries, keys, device
+
+    def hide(self, scores: Tensor, start: int) -> Tensor:
+        """Mask `scores [batch, kv_heads, query_heads_per_kv_head, queries, n]` of the keys from `start` on."""
+        stop = start + scores.shape[-1]
+        if self._mask is not None and self._mask.ndim == 4:
+            return _apply(scores, self._mask[..., start:stop])
+        if self._mask is not None:
+            scores = scores.masked_fill(~self._mask[:, None, None, None, start:stop], -torch.inf)
+        if self._queries > 1 and stop - 1 > self._keys - self._queries:
+            scores = scores.masked_fill(torch.arange(start, stop, device=self._device) > self._last_seen(), -torch.inf)
+        return scores
+
+    def hide_at(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """The same for keys at `positions [batch, n]`."""
+        if self._mask is not None and self._mask.ndim == 4:
+            heads, queries = self._mask.shape[1:3]
+            index = positions[:, None, None].expand(-1, heads, queries, -1)
+            return _apply(scores, self._mask.expand(len(positions), -1, -1, -1).gather(-1, index))
+        return scores.masked_fill(positions[:, None, None, None] > self._last_seen(), -torch.inf)
+
+    def dense(self, batch: int) -> Tensor | None:
+        """Bool or additive `[batch, 1, queries, keys]` for SDPA; None where its own causal rule does."""
+        if self._mask is not None and self._mask.ndim == 4:
+            return self._mask
+        causal = None
+        if self._queries > 1 and (self._mask is not None or self._queries != self._keys):
+            causal = torch.arange(self._keys, device=self._device) <= self._last_seen()
+        if self._mask is None:
+            return causal
+        padding = self._mask[:, None, None]
+        return (padding if causal is None else padding & causal).expand(batch, 1, self._queries, -1)
+
+    def _last_seen(self) -> Tensor:
+        return torch.arange(self._keys - self._queries, self._keys, device=self._device)[:, None]
+
+
+def _apply(scores: Tensor, mask: Tensor) -> Tensor:
+    # [batch, heads, queries, n] -> [batch, kv_heads or 1, per kv head or 1, queries, n]
+    mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, scores.shape[1:3])
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)

@@ -1,0 +1,171 @@
+"""Rotary embedding of keys that were stored before it.
+
+The attention module is run with identity position embeddings `(cos=1, sin=0)`, which makes the model's own rotary
+function an exact no-op; the true embeddings are kept here and applied when keys are read. No code per architecture:
+the model's function is found in its module and must pass a bitwise probe.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..store import ExactTail
+
+Slice = Literal["full", "leading", "trailing"]
+
+Project = Callable[[Tensor, Tensor], Tensor]
+"""Runs the attention module on its first tokens with the given cos and sin; returns the keys it hands to the cache."""
+
+
+class RotaryFunction:
+    """The model's own rotary function, applied to all or to a slice of the channels."""
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, Tensor]], part: Slice, dims: int) -> None:
+        self._function, self._part, self._dims = function, part, dims
+        # some models rotate one tensor at a time, most take queries and keys together
+        self._single = next(iter(inspect.signature(function).parameters)) in ("x", "tensor")
+
+    def __call__(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate `states [batch, heads, tokens, head_dim]` with `cos, sin [batch or 1, tokens, dims]`."""
+        if self._part == "full":
+            return self._rotate(states, cos, sin)
+        if self._part == "leading":
+            return torch.cat([self._rotate(states[..., : self._dims], cos, sin), states[..., self._dims :]], -1)
+        return torch.cat([states[..., : -self._dims], self._rotate(states[..., -self._dims :], cos, sin)], -1)
+
+    def _rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self._single:
+            return self._function(states, cos, sin)  # type: ignore[return-value]
+        return self._function(states, states, cos, sin)[1]
+
+
+def find_rotary_function(module: nn.Module, cos: Tensor, sin: Tensor, project: Project) -> RotaryFunction:
+    """The rotary function of an attention module, proven on `project` with random angles.
+
+    cos, sin: `[batch, tokens, dims]`, only for their shape and dtype: position 0 would not rotate at all.
+
+    Raises ValueError when no variant reproduces the module's keys bitwise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(cos.shape, generator=generator) * 6.0
+    probe_cos, probe_sin = angles.cos().to(cos), angles.sin().to(sin)
+    plain = project(torch.ones_like(cos), torch.zeros_like(sin))
+    rotated = project(probe_cos, probe_sin)
+    function = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    parts: tuple[Slice, ...] = ("full", "leading", "trailing") if function is not None else ()
+    for part in parts:
+        candidate = RotaryFunction(function, part, cos.shape[-1])  # type: ignore[arg-type]
+        try:
+            if torch.equal(candidate(plain, probe_cos, probe_sin), rotated):
+                return candidate
+        except RuntimeError:
+            continue  # shapes of this variant do not fit
+    raise ValueError(
+        f"keys before RoPE are not supported for {type(module).__name__}: its rotary embedding could not be reproduced "
+        "bitwise. Use a strategy that stores keys after RoPE (rope='post')"
+    )
+
+
+class RotaryTable:
+    """cos and sin of every cached token, shared by the layers of one kind on one device.
+
+    Kept in the model's dtype, as half the channels where both halves are equal, and as one row where all batch rows
+    are: about 1 % of a 4-bit cache.
+    """
+
+    def __init__(self) -> None:
+        self._cos: ExactTail | None = None
+        self._sin: ExactTail | None = None
+        self._halved = True
+        self._owner: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return 0 if self._cos is None else self._cos.length
+
+    def append(self, cos: Tensor, sin: Tensor, past: int, layer: int) -> None:
+        """Store `cos, sin [batch or 1, tokens, dims]` of the tokens from `past` on; once per forward, by its first layer."""
+        if self._owner is None:
+            self._owner = layer
+        if layer == self._owner:
+            self.truncate(past)  # what an interrupted forward may have left
+        elif self.length == past + cos.shape[1]:
+            return  # the first layer of this forward has stored them
+        if self.length != past:
+            raise RuntimeError(f"the rotary table holds {self.length} tokens, the cache {past}; reset the cache")
+        if cos.shape[0] > 1 and bool((cos == cos[:1]).all()):
+            cos, sin = cos[:1], sin[:1]
+        halves = cos.shape[-1] % 2 == 0 and all(torch.equal(*t.chunk(2, dim=-1)) for t in (cos, sin))
+        if self._halved and not halves:
+            self._widen()
+        if self._halved:
+            cos, sin = (t.chunk(2, dim=-1)[0] for t in (cos, sin))
+        self._cos, self._sin = _extend(self._cos, cos), _extend(self._sin, sin)
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin `[batch or 1, stop - start, dims]`."""
+        if self._cos is None or self._sin is None:
+            raise RuntimeError("the rotary table is empty; reset the cache and run the prompt again")
+        pair = []
+        for tail in (self._cos, self._sin):
+            part = tail.read()[:, 0, start:stop].to(dtype)
+            pair.append(torch.cat([part, part], -1) if self._halved else part)
+        return pair[0], pair[1]
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        for tail in self._tails():
+            tail.truncate(length)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension, unless one row stands for all."""
+        for tail in self._tails():
+            if tail.read().shape[0] > 1:
+                tail.map(change)
+
+    def held_bytes(self) -> int:
+        """Bytes of the storages."""
+        return sum(tail.held_bytes() for tail in self._tails())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored part of the tables, for saving."""
+        named = {"cos": self._cos, "sin": self._sin}
+        return {name: tail.read() for name, tail in named.items() if tail is not None}
+
+    @property
+    def halved(self) -> bool:
+        """Whether the stored channels stand for both halves."""
+        return self._halved
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], halved: bool) -> "RotaryTable":
+        """The inverse of `tensors`."""
+        table = cls()
+        table._halved = halved
+        if tensors:
+            table._cos, table._sin = (_extend(None, tensors[name][:, 0]) for name in ("cos", "sin"))
+        return table
+
+    def _tails(self) -> list[ExactTail]:
+        return [tail for tail in (self._cos, self._sin) if tail is not None]
+
+    def _widen(self) -> None:
+        for tail in self._tails():
+            tail.replace(torch.cat([tail.read()] * 2, dim=-1))
+        self._halved = False
+
+
+def _extend(tail: ExactTail | None, states: Tensor) -> ExactTail:
+    states = states.unsqueeze(1)
+    if tail is None:
+        tail = ExactTail(states)
+    held = tail.read()
+    if held.shape[0] < states.shape[0]:
+        tail.replace(held.expand(states.shape[0], -1, -1, -1))
+    tail.append(states)  # a single row broadcasts
+    return tail

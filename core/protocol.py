@@ -1,0 +1,125 @@
+"""The seam between strategies and everything else."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ..kernels import quantize
+from ..kernels.format import Format, LayerFormat, Side
+from ..kernels.quantize import NO_TABLES, Tables
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The attention layer a strategy is asked about.
+
+    kv_heads and the dims are those of the tensors that really arrive, so under tensor parallelism they are local.
+    """
+
+    index: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@runtime_checkable
+class CacheQuantizer(Protocol):
+    """What the cache needs from a strategy: numbers and, for bytes of its own making, two functions.
+
+    A strategy is immutable: it holds configuration and fitted tables, never state of a running generation, so one
+    object serves every layer, batch and thread. The cache keeps the sinks, the exact tail, the packed buffers and
+    the masks, and calls, per layer:
+
+    1. `formats(layer)` once, before the first token is stored;
+    2. `tables(layer, side)` once, if the format reads a codebook or static scales;
+    3. `encode(...)` whenever `format.block` tokens leave the exact tail, oldest first;
+    4. `decode(...)` only for formats with `codes="custom"`; all other bytes are read by the shared kernels.
+
+    The shortest way to implement it is to derive from `Strategy` and write `formats`; a complete strategy is then::
+
+        class TwoBitValues(Strategy):
+            name: ClassVar[str] = "two-bit-values"
+
+            def formats(self, layer: LayerSpec) -> LayerFormat:
+                return LayerFormat(key=Format(bits=4), value=Format(bits=2, group=32))
+
+    `cachequant.core.contract` holds the checks that every strategy has to pass.
+    """
+
+    name: ClassVar[str]
+    """The name users type: lower-case words joined by hyphens, unique among installed plugins."""
+
+    def formats(self, layer: LayerSpec) -> LayerFormat | None:
+        """How this layer's keys and values are packed; None keeps the layer exact.
+
+        Raises ValueError, saying what would fit, when the layer's shape cannot be served.
+        """
+        ...
+
+    def tables(self, layer: LayerSpec, side: Side) -> Tables:
+        """Fitted numbers that all tokens share: codebook `[2**bits]`, static scale and zero `[kv_heads, head_dim]`."""
+        ...
+
+    def encode(
+        self, states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None, tables: Tables
+    ) -> dict[str, Tensor]:
+        """Pack `states [batch, kv_heads, tokens, head_dim]`, tokens a multiple of `block`, without changing it.
+
+        valid: bool `[batch, tokens]` or None; False marks padding and sinks, which no statistic may include.
+
+        Returns named tensors `[batch, kv_heads, tokens // block, ...]`; block `i` depends on the tokens of block `i`
+        alone, and batch rows and heads are independent. The names label the bytes in `cache.memory()`.
+        """
+        ...
+
+    def decode(self, packed: Mapping[str, Tensor], fmt: Format, side: Side, block: int, tables: Tables) -> Tensor:
+        """Inverse of `encode` for `codes="custom"`: float states `[batch, kv_heads, tokens, head_dim]`."""
+        ...
+
+
+class Strategy(BaseModel):
+    """Frozen pydantic base of the strategies: the fields are the configuration, the constructor and the table row.
+
+    Subclasses set `name`, declare fields with bounds and a description, and write `formats`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Settings that leaderboards and contract tests run, each the keyword arguments of one instance."""
+
+    def formats(self, layer: LayerSpec) -> LayerFormat | None:
+        """See `CacheQuantizer.formats`."""
+        raise NotImplementedError(f"strategy {self.name!r} must define formats(layer)")
+
+    def tables(self, layer: LayerSpec, side: Side) -> Tables:
+        """See `CacheQuantizer.tables`; none by default."""
+        return NO_TABLES
+
+    def encode(
+        self, states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None, tables: Tables
+    ) -> dict[str, Tensor]:
+        """See `CacheQuantizer.encode`; the shared reference encoder by default."""
+        return quantize.encode(states, fmt, side, block, valid, tables)
+
+    def decode(self, packed: Mapping[str, Tensor], fmt: Format, side: Side, block: int, tables: Tables) -> Tensor:
+        """See `CacheQuantizer.decode`."""
+        raise NotImplementedError(f"strategy {self.name!r} uses codes='custom' and must define decode(...)")
+
+    def on(self, model: "nn.Module", **cache_options: Any) -> AbstractContextManager[Any]:
+        """Context in which every `model.generate` without a cache of its own gets a fresh `PackedCache`.
+
+        `cache_options` are those of `PackedCache`. For pipelines and scripts that cannot be edited.
+        """
+        from .hf.attach import automatic
+
+        return automatic(model, self, **cache_options)

@@ -1,0 +1,114 @@
+"""What packed bytes look like: plain data that the encoders, the store, the byte counts and every kernel read.
+
+All schemes share one decode rule, per token and channel (design: `docs/architecture.md`)::
+
+    x = scale * level(code) + zero  (+ outlier)      optionally in a rotated basis, optionally before RoPE
+
+where `level(code)` is the code itself (`codes="affine"`) or an entry of a codebook (`codes="codebook"`).
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Side = Literal["key", "value"]
+Bits = Literal[2, 3, 4, 8]
+
+DEFAULT_BLOCK = 128
+
+
+class Format(BaseModel):
+    """How the keys or the values of one layer are packed.
+
+    A packed *row* is one token of a key block (its `head_dim` channels) or one channel of a value block (its `block`
+    tokens): keys are stored token-major, values channel-major, so that both feed matrix units without a transpose.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    codes: Literal["affine", "codebook", "exact", "custom"] = Field(
+        "affine",
+        description="affine: level = code. codebook: level = table[code]. exact: the model's own dtype. "
+        "custom: the strategy's own encode and decode.",
+    )
+    bits: Bits = Field(4, description="Bits per code.")
+    scale: Literal["token", "channel", "static"] = Field(
+        "token",
+        description="token: one scale per token and group of channels. channel: one per channel and block of tokens. "
+        "static: one per channel for all tokens, from the strategy's tables.",
+    )
+    group: int | None = Field(None, ge=1, description="Channels that share a token's scale; None means all.")
+    symmetric: bool = Field(False, description="Scale only: the grid is centred on zero and stores no zero point.")
+    outliers: int = Field(0, ge=0, le=64, description="Exact corrections (index, value) per packed row.")
+    rotation: Literal["none", "hadamard"] = Field("none", description="Orthogonal basis change along head_dim.")
+    rope: Literal["post", "pre"] = Field("post", description="Keys only: store them after or before RoPE.")
+
+    @model_validator(mode="after")
+    def _group_needs_token_scale(self) -> "Format":
+        if self.group is not None and self.scale != "token":
+            raise ValueError(f"group={self.group} needs scale='token', got scale={self.scale!r}; leave group unset")
+        return self
+
+    @property
+    def packed(self) -> bool:
+        """Whether the shared encoder and kernels understand the bytes."""
+        return self.codes in ("affine", "codebook")
+
+    def groups(self, head_dim: int) -> int:
+        """Scales per token. Raises ValueError when the group does not divide `head_dim`."""
+        group = self.group or head_dim
+        if head_dim % group:
+            fitting = [d for d in range(8, head_dim + 1) if head_dim % d == 0] or [head_dim]
+            raise ValueError(f"group_size={group} does not divide head_dim={head_dim}; use one of {fitting}")
+        return head_dim // group
+
+    def block_bytes(self, side: Side, head_dim: int, block: int, itemsize: int) -> dict[str, int]:
+        """Bytes of one block of `block` tokens of one head, by kind; `itemsize` is the model dtype's bytes.
+
+        Raises ValueError for `custom` formats, whose bytes only their strategy knows.
+        """
+        if self.codes == "exact":
+            return {"exact": block * head_dim * itemsize}
+        if self.codes == "custom":
+            raise ValueError("a custom format has no byte formula; count what is held")
+        rows, length = (block, head_dim) if side == "key" else (head_dim, block)
+        sizes = {"codes": rows * row_words(length, self.bits) * 4}
+        numbers = 1 if self.symmetric else 2
+        if self.scale == "token":
+            sizes["scales"] = block * self.groups(head_dim) * numbers * 2
+        elif self.scale == "channel":
+            sizes["scales"] = head_dim * numbers * 2
+        if self.outliers:
+            sizes["outliers"] = rows * self.outliers * 4
+        return sizes
+
+    def bytes_per_token(self, side: Side, head_dim: int, block: int, itemsize: int) -> float:
+        """Bytes per token and head, block-wise metadata spread over the block."""
+        return sum(self.block_bytes(side, head_dim, block, itemsize).values()) / block
+
+
+class LayerFormat(BaseModel):
+    """The formats of one layer: keys and values are independent, but leave the exact tail together, block by block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: Format
+    value: Format
+    block: Literal[32, 64, 128, 256] = Field(DEFAULT_BLOCK, description="Tokens packed at a time.")
+
+    @model_validator(mode="after")
+    def _rope_stage_is_a_key_option(self) -> "LayerFormat":
+        if self.value.rope == "pre":
+            raise ValueError("rope='pre' is for keys; values carry no rotary position")
+        return self
+
+    def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int) -> float:
+        """Bytes per token and kv head of keys and values together."""
+        key = self.key.bytes_per_token("key", head_dim, self.block, itemsize)
+        return key + self.value.bytes_per_token("value", value_dim, self.block, itemsize)
+
+
+def row_words(length: int, bits: int) -> int:
+    """int32 words that hold `length` codes of `bits` bits; a row is padded to whole words."""
+    unit = 32 if bits == 3 else 32 // bits
+    return -(-length // unit) * unit * bits // 32

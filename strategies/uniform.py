@@ -1,0 +1,70 @@
+"""Uniform integer grids, computed online: what most papers call round-to-nearest.
+
+Per-token scales for keys and values are the FlexGen / transformers default; per-channel keys follow KIVI
+(https://arxiv.org/abs/2402.02750), before RoPE KVQuant (https://arxiv.org/abs/2401.18079), and the Hadamard rotation
+QuaRot (https://arxiv.org/abs/2404.00456).
+"""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ..core import Format, LayerFormat, LayerSpec, Strategy
+from ..registry.hookspecs import hookimpl
+
+Bits = Literal[2, 3, 4, 8]
+
+
+class Uniform(Strategy):
+    """Uniform grids, per token by default: no calibration, every model, any of 2, 3, 4 and 8 bits."""
+
+    name: ClassVar[str] = "uniform"
+    variants: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"bits": 8},
+        {"bits": 4},
+        {"bits": 3},
+        {"bits": 2},
+        {"bits": 4, "rotation": "hadamard"},
+        {"bits": 2, "rotation": "hadamard"},
+        {"bits": 4, "key_scale": "channel", "key_rope": "pre"},
+        {"bits": 3, "key_scale": "channel", "key_rope": "pre"},
+        {"bits": 2, "key_scale": "channel", "key_rope": "pre"},
+    )
+
+    bits: Bits = Field(4, description="Bits per number, keys and values alike.")
+    key_bits: Bits | None = Field(None, description="Bits of the keys, where they differ.")
+    value_bits: Bits | None = Field(None, description="Bits of the values, where they differ.")
+    group_size: int | None = Field(None, ge=8, description="Channels that share a token's scale; None: all of a head.")
+    symmetric: bool = Field(False, description="Grids centred on zero: half the metadata, less accurate.")
+    key_scale: Literal["token", "channel"] = Field(
+        "token", description="Keys: one scale per token and group, or per channel and block of tokens."
+    )
+    key_rope: Literal["post", "pre"] = Field("post", description="Quantize keys after or before RoPE.")
+    rotation: Literal["none", "hadamard"] = Field("none", description="Rotate keys and values before rounding.")
+    block: Literal[32, 64, 128, 256] = Field(128, description="Tokens packed at a time.")
+
+    @model_validator(mode="after")
+    def _one_remedy_for_outlier_channels(self) -> "Uniform":
+        if self.rotation == "hadamard" and self.key_scale == "channel":
+            raise ValueError(
+                "rotation='hadamard' mixes the channels that key_scale='channel' separates; choose one of the two"
+            )
+        return self
+
+    def formats(self, layer: LayerSpec) -> LayerFormat:
+        """The same formats for every layer; ValueError when group_size does not divide a head."""
+        per_token = Format(group=self.group_size, symmetric=self.symmetric, rotation=self.rotation)
+        key = per_token.model_copy(update={"bits": self.key_bits or self.bits, "rope": self.key_rope})
+        if self.key_scale == "channel":
+            key = key.model_copy(update={"scale": "channel", "group": None})
+        else:
+            key.groups(layer.head_dim)
+        value = per_token.model_copy(update={"bits": self.value_bits or self.bits})
+        value.groups(layer.value_dim)
+        return LayerFormat(key=key, value=value, block=self.block)
+
+
+@hookimpl
+def cachequant_strategies() -> list[type[Strategy]]:
+    """Offer `uniform`."""
+    return [Uniform]
