@@ -13,7 +13,7 @@ from ..kernels.format import Format, LayerFormat, Side
 from ..kernels.quantize import NO_TABLES, Tables
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Strategy(BaseModel):
         """See `CacheQuantizer.decode`."""
         raise NotImplementedError(f"strategy {self.name!r} uses codes='custom' and must define decode(...)")
 
-    def on(self, model: "nn.Module", **cache_options: Any) -> AbstractContextManager[Any]:
+    def on(self, model: "PreTrainedModel", **cache_options: Any) -> AbstractContextManager[Any]:
         """Context in which every `model.generate` without a cache of its own gets a fresh `PackedCache`.
 
         `cache_options` are those of `PackedCache`. For pipelines and scripts that cannot be edited.

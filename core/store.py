@@ -48,13 +48,17 @@ class PackedStore:
         """Apply a change of the batch dimension to the blocks held."""
         self._buffers = {name: change(tensor) for name, tensor in self.read().items()}
 
+    def tensors(self) -> list[Tensor]:
+        """The buffers, spare capacity included."""
+        return list(self._buffers.values())
+
     def used_bytes(self) -> dict[str, int]:
         """Bytes of the blocks held, by name."""
         return {name: tensor.numel() * tensor.element_size() for name, tensor in self.read().items()}
 
     def held_bytes(self) -> int:
         """Bytes of the storages behind the blocks, spare capacity included."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
+        return sum(buffer.untyped_storage().nbytes() for buffer in self.tensors())
 
     def _reserve(self, like: dict[str, Tensor], blocks: int) -> None:
         capacity = next((buffer.shape[2] for buffer in self._buffers.values()), 0)
@@ -104,6 +108,10 @@ class ExactTail:
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension."""
         self._buffer = change(self.read())
+
+    def tensors(self) -> list[Tensor]:
+        """The buffer, spare capacity included."""
+        return [self._buffer]
 
     def used_bytes(self) -> int:
         """Bytes of the tokens held."""

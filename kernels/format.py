@@ -27,21 +27,23 @@ class Format(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     codes: Literal["affine", "codebook", "exact", "custom"] = Field(
-        "affine",
+        default="affine",
         description="affine: level = code. codebook: level = table[code]. exact: the model's own dtype. "
         "custom: the strategy's own encode and decode.",
     )
-    bits: Bits = Field(4, description="Bits per code.")
+    bits: Bits = Field(default=4, description="Bits per code.")
     scale: Literal["token", "channel", "static"] = Field(
-        "token",
+        default="token",
         description="token: one scale per token and group of channels. channel: one per channel and block of tokens. "
         "static: one per channel for all tokens, from the strategy's tables.",
     )
-    group: int | None = Field(None, ge=1, description="Channels that share a token's scale; None means all.")
-    symmetric: bool = Field(False, description="Scale only: the grid is centred on zero and stores no zero point.")
-    outliers: int = Field(0, ge=0, le=64, description="Exact corrections (index, value) per packed row.")
-    rotation: Literal["none", "hadamard"] = Field("none", description="Orthogonal basis change along head_dim.")
-    rope: Literal["post", "pre"] = Field("post", description="Keys only: store them after or before RoPE.")
+    group: int | None = Field(default=None, ge=1, description="Channels that share a token's scale; None means all.")
+    symmetric: bool = Field(
+        default=False, description="Scale only: the grid is centred on zero and stores no zero point."
+    )
+    outliers: int = Field(default=0, ge=0, le=64, description="Exact corrections (index, value) per packed row.")
+    rotation: Literal["none", "hadamard"] = Field(default="none", description="Orthogonal basis change along head_dim.")
+    rope: Literal["post", "pre"] = Field(default="post", description="Keys only: store them after or before RoPE.")
 
     @model_validator(mode="after")
     def _group_needs_token_scale(self) -> "Format":
@@ -94,7 +96,7 @@ class LayerFormat(BaseModel):
 
     key: Format
     value: Format
-    block: Literal[32, 64, 128, 256] = Field(DEFAULT_BLOCK, description="Tokens packed at a time.")
+    block: Literal[32, 64, 128, 256] = Field(default=DEFAULT_BLOCK, description="Tokens packed at a time.")
 
     @model_validator(mode="after")
     def _rope_stage_is_a_key_option(self) -> "LayerFormat":

@@ -33,9 +33,7 @@ def pack(codes: Tensor, bits: int, by_nibble: bool = False) -> Tensor:
     return packed
 
 
-def unpack(
-    words: Tensor, bits: int, length: int, by_nibble: bool = False, dtype: torch.dtype = torch.uint8
-) -> Tensor:
+def unpack(words: Tensor, bits: int, length: int, by_nibble: bool = False, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Codes `[..., length]` of int32 words `[..., W]`, written as `dtype`."""
     if bits == 3:
         return _unpack3(words, dtype)[..., :length]

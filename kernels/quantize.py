@@ -66,14 +66,14 @@ def encode(
     ratio = (x - zero) / scale
     # a zero scale means a constant vector: level 0 and the zero point give it back
     ratio = torch.where(scale > 0, ratio, torch.zeros_like(ratio))
-    if fmt.codes == "codebook":
-        codebook = _codebook(tables, fmt)
-        codes = torch.bucketize(ratio, (codebook[1:] + codebook[:-1]) / 2)
-    else:
+    codebook = _codebook(tables, fmt) if fmt.codes == "codebook" else None
+    if codebook is None:
         codes = ratio.round_().clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
+    else:
+        codes = torch.bucketize(ratio, (codebook[1:] + codebook[:-1]) / 2)
     packed["codes"] = _pack_rows(codes, fmt, side)
     if fmt.outliers:
-        levels = codebook[codes] if fmt.codes == "codebook" else codes.float()
+        levels = codes.float() if codebook is None else codebook[codes]
         residual = x - (levels * scale + zero)
         if keep is not None:
             residual = residual * keep

@@ -1,6 +1,6 @@
 """No quantization: the yardstick. Tokens pass through the packed store in the model's own dtype."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,8 +13,8 @@ class NoQuantization(Strategy):
 
     name: ClassVar[str] = "none"
 
-    key_rope: Literal["post", "pre"] = Field("post", description="Store keys after or before RoPE.")
-    block: Literal[32, 64, 128, 256] = Field(128, description="Tokens that leave the exact tail at a time.")
+    key_rope: Literal["post", "pre"] = Field(default="post", description="Store keys after or before RoPE.")
+    block: Literal[32, 64, 128, 256] = Field(default=128, description="Tokens that leave the exact tail at a time.")
 
     def formats(self, layer: LayerSpec) -> LayerFormat:
         """Both sides exact."""

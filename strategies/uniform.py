@@ -31,17 +31,19 @@ class Uniform(Strategy):
         {"bits": 2, "key_scale": "channel", "key_rope": "pre"},
     )
 
-    bits: Bits = Field(4, description="Bits per number, keys and values alike.")
-    key_bits: Bits | None = Field(None, description="Bits of the keys, where they differ.")
-    value_bits: Bits | None = Field(None, description="Bits of the values, where they differ.")
-    group_size: int | None = Field(None, ge=8, description="Channels that share a token's scale; None: all of a head.")
-    symmetric: bool = Field(False, description="Grids centred on zero: half the metadata, less accurate.")
-    key_scale: Literal["token", "channel"] = Field(
-        "token", description="Keys: one scale per token and group, or per channel and block of tokens."
+    bits: Bits = Field(default=4, description="Bits per number, keys and values alike.")
+    key_bits: Bits | None = Field(default=None, description="Bits of the keys, where they differ.")
+    value_bits: Bits | None = Field(default=None, description="Bits of the values, where they differ.")
+    group_size: int | None = Field(
+        default=None, ge=8, description="Channels that share a token's scale; None: all of a head."
     )
-    key_rope: Literal["post", "pre"] = Field("post", description="Quantize keys after or before RoPE.")
-    rotation: Literal["none", "hadamard"] = Field("none", description="Rotate keys and values before rounding.")
-    block: Literal[32, 64, 128, 256] = Field(128, description="Tokens packed at a time.")
+    symmetric: bool = Field(default=False, description="Grids centred on zero: half the metadata, less accurate.")
+    key_scale: Literal["token", "channel"] = Field(
+        default="token", description="Keys: one scale per token and group, or per channel and block of tokens."
+    )
+    key_rope: Literal["post", "pre"] = Field(default="post", description="Quantize keys after or before RoPE.")
+    rotation: Literal["none", "hadamard"] = Field(default="none", description="Rotate keys and values before rounding.")
+    block: Literal[32, 64, 128, 256] = Field(default=128, description="Tokens packed at a time.")
 
     @model_validator(mode="after")
     def _one_remedy_for_outlier_channels(self) -> "Uniform":

@@ -4,7 +4,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def attach(model: PreTrainedModel) -> None:
         previous = config._attn_implementation
         hooks = [
             module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-            for module in attention_modules(model)
+            for module in attention_modules(model).values()
         ]
         _attached[model] = _Attachment(previous, hooks)
     if config._attn_implementation != IMPLEMENTATION:
@@ -69,7 +69,7 @@ def automatic(model: PreTrainedModel, strategy: "CacheQuantizer", **options: Any
     from .cache import PackedCache
 
     PackedCache(model, strategy, **options)  # complain now, not in the first generate
-    prepare = model._prepare_cache_for_generation
+    prepare: Any = model._prepare_cache_for_generation
 
     def prepare_packed(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
@@ -89,21 +89,22 @@ def automatic(model: PreTrainedModel, strategy: "CacheQuantizer", **options: Any
         detach(model)
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that write to the cache: they know their layer and take the cache as an argument."""
-    found = []
+def attention_modules(model: nn.Module) -> dict[int, Any]:
+    """The modules that write to the cache, by layer: they know their layer and take the cache as an argument."""
+    found: dict[int, Any] = {}
     for module in model.modules():
-        if not isinstance(getattr(module, "layer_idx", None), int):
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int):
             continue
         parameters = _parameters(type(module))
         takes_cache = "past_key_values" in parameters or "layer_past" in parameters
         inner = any(isinstance(getattr(child, "layer_idx", None), int) for child in module.children())
         if takes_cache and "hidden_states" in parameters and not inner:
-            found.append(module)
+            found[index] = module
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
     # of the class: accelerate replaces `forward` on instances
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
@@ -122,7 +123,7 @@ def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
         )
 
 
-def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tell the layer about padding and, where keys are stored before RoPE, swap the position embeddings."""
     from .cache import PackedCache
     from .layer import PackedLayer
@@ -142,7 +143,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _with_identity_rope(
-    module: nn.Module, cache: "PackedCache", layer: "PackedLayer", bound: dict[str, Any], cache_name: str
+    module: Any, cache: "PackedCache", layer: "PackedLayer", bound: dict[str, Any], cache_name: str
 ) -> dict[str, Any]:
     """The arguments of the attention call with embeddings that rotate nothing; the layer keeps the true ones."""
     implementation = module.config._attn_implementation
@@ -152,13 +153,13 @@ def _with_identity_rope(
             f"the model now uses {implementation!r}. Switch it back, or use a strategy with rope='post'"
         )
     angles = bound.get("position_embeddings")
-    real = isinstance(angles, tuple) and all(isinstance(t, Tensor) and not t.is_complex() for t in angles)
-    if not real or len(angles) != 2:
+    given = angles if isinstance(angles, tuple) else ()
+    if len(given) != 2 or not all(isinstance(t, Tensor) and not t.is_complex() for t in given):
         raise ValueError(
             f"keys before RoPE are not supported for {type(module).__name__}: it is given no position_embeddings "
             "(cos, sin). Use a strategy that stores keys after RoPE"
         )
-    cos, sin = angles
+    cos, sin = given
 
     def project(cos: Tensor, sin: Tensor) -> Tensor:
         probe = _Probe()

@@ -41,8 +41,7 @@ def attention_forward(
 
     Returns `([batch, queries, query_heads, value_dim], None)`: probabilities are not materialised.
     """
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     visibility = Visibility(attention_mask, query.shape[2], key.shape[2], query.device)
     if isinstance(key, LazyStates) and isinstance(value, LazyStates):
         key.require_current()

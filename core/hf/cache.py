@@ -8,12 +8,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..memory import MemoryReport
 from ..protocol import CacheQuantizer, LayerSpec
 from .attach import attach, attention_modules
 from .layer import Options, PackedLayer
+from .persist import identity, load, save
 from .rope import RotaryFunction, RotaryTable
 
 
@@ -22,9 +23,9 @@ class CacheOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    residual_length: int = Field(128, ge=0, description="Newest tokens that are always exact.")
-    sink_tokens: int = Field(0, ge=0, le=128, description="First real tokens of each row kept exact.")
-    skip_layers: tuple[int, ...] = Field((), description="Layers kept exact; negative counts from the last.")
+    residual_length: int = Field(default=128, ge=0, description="Newest tokens that are always exact.")
+    sink_tokens: int = Field(default=0, ge=0, le=128, description="First real tokens of each row kept exact.")
+    skip_layers: tuple[int, ...] = Field(default=(), description="Layers kept exact; negative counts from the last.")
 
 
 class PackedCache(Cache):
@@ -80,7 +81,9 @@ class PackedCache(Cache):
             for index, layer in enumerate(host)
         ]
         super().__init__(layers=layers)
-        self._tables: dict[tuple[str, str], RotaryTable] = {}
+        self.rotary_tables: dict[tuple[str, str], RotaryTable] = {}
+        """By kind of layer and device, for keys before RoPE."""
+        self.model_identity = identity(model)
         self._rotary: dict[tuple[type, int], RotaryFunction] = {}
         self._ask_strategy(model)
         attach(model)
@@ -121,7 +124,7 @@ class PackedCache(Cache):
                 states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
                 elements += sum(t.numel() for t in states)
                 exact += sum(t.numel() * t.element_size() for t in states)
-        rows["rope"] = sum(table.held_bytes() for table in self._tables.values())
+        rows["rope"] = sum(table.held_bytes() for table in self.rotary_tables.values())
         rows["host layers"] = host
         return MemoryReport(
             tokens=self.get_seq_length(),
@@ -143,9 +146,8 @@ class PackedCache(Cache):
             if isinstance(layer, PackedLayer):
                 layer.truncate(length)
                 continue
-            surplus = layer.get_seq_length() - length if hasattr(layer, "get_seq_length") else 0
-            if surplus > 0:
-                layer.crop(-surplus)  # type: ignore[union-attr]
+            if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > length:
+                layer.crop(length - layer.get_seq_length())  # type: ignore[attr-defined]
         self._truncate_tables()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -156,11 +158,11 @@ class PackedCache(Cache):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self._tables.clear()
+        self.rotary_tables.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes the old row `beam_idx[i]`."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map_tables(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -177,7 +179,7 @@ class PackedCache(Cache):
 
     def rotary_table(self, kind: str, device: str) -> RotaryTable:
         """The table of one kind of layer on one device."""
-        return self._tables.setdefault((kind, device), RotaryTable())
+        return self.rotary_tables.setdefault((kind, device), RotaryTable())
 
     def rotary_function(self, module: nn.Module, dims: int, find: Callable[[], RotaryFunction]) -> RotaryFunction:
         """The rotary function of an attention class, probed once per cache."""
@@ -190,8 +192,6 @@ class PackedCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to one safetensors file with a JSON header; see `core/hf/persist.py`."""
-        from .persist import save
-
         save(self, path)
 
     @classmethod
@@ -200,15 +200,13 @@ class PackedCache(Cache):
 
         Raises ValueError naming what differs, or that the file is damaged.
         """
-        from .persist import load
-
         return load(path, model, strategy)
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _ask_strategy(self, model: PreTrainedModel) -> None:
         """Ask about every layer with the shapes its module declares, so that a misfit shows before a forward."""
-        modules = {module.layer_idx: module for module in attention_modules(model)}
+        modules = attention_modules(model)
         for layer in self.packed_layers:
             module = modules.get(layer.index)
             # latent attention caches other tensors than its heads: asked at its first update
@@ -236,11 +234,11 @@ class PackedCache(Cache):
             )
 
     def _truncate_tables(self) -> None:
-        for table in self._tables.values():
+        for table in self.rotary_tables.values():
             table.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
 
     def _map_tables(self, change: Callable[[Tensor], Tensor]) -> None:
-        for table in self._tables.values():
+        for table in self.rotary_tables.values():
             table.map(change)
 
 

@@ -35,7 +35,7 @@ class LazyStates(Tensor):
     dequantized: ClassVar[int] = 0
     """How often any handle had to dequantize packed data: tests assert that decoding never does."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, layer: "PackedLayer", side: Side, like: Tensor, length: int, exact: Tensor | None) -> "LazyStates":

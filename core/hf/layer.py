@@ -23,6 +23,8 @@ from .rope import RotaryFunction, RotaryTable
 ENCODE_NUMBERS = 1 << 22
 
 
+SIDES: tuple[Side, Side] = ("key", "value")
+
 EXACT = LayerFormat(key=Format(codes="exact"), value=Format(codes="exact"))
 
 _NOT_ATTACHED = (
@@ -87,29 +89,23 @@ class PackedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Ask the strategy for this layer's formats, given the shapes that really arrive."""
-        spec = LayerSpec(
-            self.index, self._layers, key_states.shape[1], key_states.shape[3], value_states.shape[3]
-        )
+        spec = LayerSpec(self.index, self._layers, key_states.shape[1], key_states.shape[3], value_states.shape[3])
         formats = self.strategy.formats(spec) or EXACT
         if (formats.key.rope == "pre") != self.before_rope:
             raise ValueError(
-                f"layer {self.index}: keys before RoPE are not supported for states of shape {tuple(key_states.shape)}, "
-                "which differ from the module's heads; use a strategy that stores keys after RoPE"
+                f"layer {self.index}: keys before RoPE are not supported for cached states of shape "
+                f"{tuple(key_states.shape)}, not the module's heads; use a strategy that stores keys after RoPE"
             )
         if not key_states.is_floating_point():
             raise ValueError(f"layer {self.index}: keys are {key_states.dtype}; a cache holds floating-point states")
-        self.tables = {
-            side: self.strategy.tables(spec, side).to(key_states.device) for side in ("key", "value")
-        }
+        self.tables = {side: self.strategy.tables(spec, side).to(key_states.device) for side in SIDES}
         self.formats: LayerFormat = formats
         self.kv_heads, self.head_dim, self.value_dim = spec.kv_heads, spec.head_dim, spec.value_dim
         self.dtype, self.device = key_states.dtype, key_states.device
         self.tails = {"key": ExactTail(key_states), "value": ExactTail(value_states)}
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store `[batch, kv_heads, tokens, dim]` and return lazy handles to all tokens.
 
         Raises ValueError, with nothing stored, when batch, heads, dtype or device differ from what the cache holds.
@@ -191,7 +187,7 @@ class PackedLayer(CacheLayerMixin):
                 tail.truncate(length - self.packed_tokens)
             return
         blocks, rest = divmod(length, self.formats.block)
-        for side in ("key", "value"):
+        for side in SIDES:
             cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.dtype)
             self._restore_sinks(cut, blocks * self.formats.block, side)
             self.tails[side].replace(cut[:, :, :rest])
@@ -222,7 +218,7 @@ class PackedLayer(CacheLayerMixin):
         step = max(1, tokens // block)
         for start in range(0, self.stores["key"].blocks, step):
             stop = min(start + step, self.stores["key"].blocks)
-            key, value = (self.stores[side].read(start, stop) for side in ("key", "value"))
+            key, value = (self.stores[side].read(start, stop) for side in SIDES)
             yield Chunk(start * block, stop * block, key, value)
 
     def decode_chunk(self, chunk: Chunk, side: Side, dtype: torch.dtype) -> Tensor:
@@ -303,11 +299,7 @@ class PackedLayer(CacheLayerMixin):
         """Bytes by kind; with the spare capacity they are what is held."""
         if not self.is_initialized:
             return {}
-        sizes = {
-            f"{side} {name}": size
-            for side in ("key", "value")
-            for name, size in self.stores[side].used_bytes().items()
-        }
+        sizes = {f"{side} {name}": size for side in SIDES for name, size in self.stores[side].used_bytes().items()}
         sizes["tail"] = sum(tail.used_bytes() for tail in self.tails.values())
         sizes["sinks"] = sum(states.untyped_storage().nbytes() for states in self._sinks.values())
         if self._first is not None:
@@ -326,6 +318,46 @@ class PackedLayer(CacheLayerMixin):
             return 0
         batch = self.tails["key"].read().shape[0]
         return batch * self.kv_heads * self.get_seq_length() * (self.head_dim + self.value_dim)
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file needs to restore this layer: plain values, and tensors by name."""
+        if not self.is_initialized:
+            return {}, {}
+        tensors = {
+            f"{part}.{side}.{name}": tensor
+            for side in SIDES
+            for part, named in (
+                ("packed", self.stores[side].read()),
+                ("exact", {"tail": self.tails[side].read(), **({"sinks": self._sinks[side]} if self._sinks else {})}),
+            )
+            for name, tensor in named.items()
+        }
+        if self._first is not None:
+            tensors["first"] = self._first
+        return {"formats": self.formats.model_dump(mode="json"), "blocks": self.stores["key"].blocks}, tensors
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`, on the device of `tensors`. Raises ValueError when the formats are not the same."""
+        if not values:
+            return
+        self._clear()
+        tails = {side: tensors[f"exact.{side}.tail"] for side in SIDES}
+        self.lazy_initialization(tails["key"], tails["value"])
+        if values["formats"] != self.formats.model_dump(mode="json"):
+            raise ValueError(
+                f"layer {self.index} was packed as {values['formats']}, the strategy now asks for another format"
+            )
+        for side in SIDES:
+            prefix = f"packed.{side}."
+            packed = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            if values["blocks"]:
+                self.stores[side].append(packed)
+            self.tails[side].append(tails[side])
+            if f"exact.{side}.sinks" in tensors:
+                self._sinks[side] = tensors[f"exact.{side}.sinks"]
+        self._first = tensors.get("first")
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -357,7 +389,7 @@ class PackedLayer(CacheLayerMixin):
             self.tails["value"].append(value_states)
             return
         new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
-        held = {
+        held: dict[Side, Tensor] = {
             side: torch.cat([self.tails[side].read(), states], dim=2) if self.tails[side].length else states
             for side, states in new.items()
         }
@@ -378,7 +410,9 @@ class PackedLayer(CacheLayerMixin):
             piece = states[:, :, start : start + step]
             seen = None if valid is None else valid[:, start : start + step]
             parts.append(self.strategy.encode(piece, fmt, side, block, seen, self.tables[side]))
-        return {name: torch.cat([part[name] for part in parts], dim=2) if parts[1:] else parts[0][name] for name in parts[0]}
+        return {
+            name: torch.cat([part[name] for part in parts], dim=2) if parts[1:] else parts[0][name] for name in parts[0]
+        }
 
     def _decode(self, packed: dict[str, Tensor], side: Side, dtype: torch.dtype) -> Tensor:
         fmt = getattr(self.formats, side)

@@ -79,6 +79,13 @@ class Visibility:
             return _apply(scores, self._mask.expand(len(positions), -1, -1, -1).gather(-1, index))
         return scores.masked_fill(positions[:, None, None, None] > self._last_seen(), -torch.inf)
 
+    def tile(self, start: int, stop: int) -> "Visibility":
+        """The same for queries `[start, stop)` and keys `[0, stop)`, where queries and keys are the same tokens."""
+        mask = self._mask
+        if mask is not None:
+            mask = mask[..., start:stop, :stop] if mask.ndim == 4 else mask[:, :stop]
+        return Visibility(mask, stop - start, stop, self._device)
+
     def dense(self, batch: int) -> Tensor | None:
         """Bool or additive `[batch, 1, queries, keys]` for SDPA; None where its own causal rule does."""
         if self._mask is not None and self._mask.ndim == 4:

@@ -89,7 +89,7 @@ class RotaryTable:
         return 0 if self._cos is None else self._cos.length
 
     def append(self, cos: Tensor, sin: Tensor, past: int, layer: int) -> None:
-        """Store `cos, sin [batch or 1, tokens, dims]` of the tokens from `past` on; once per forward, by its first layer."""
+        """Store `cos, sin [batch or 1, tokens, dims]` of the tokens from `past` on, once per forward."""
         if self._owner is None:
             self._owner = layer
         if layer == self._owner:

@@ -1,0 +1,402 @@
+"""What every strategy must satisfy, as plain functions a plugin author can run.
+
+In a test file of your own::
+
+    @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
+    def test_contract(check):
+        check(MyStrategy())
+
+or all at once: `contract.check_strategy(MyStrategy())`. A failed check raises `ContractError` with the strategy, the
+check and what was expected.
+"""
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..kernels import quantize
+from ..kernels.format import LayerFormat, Side
+from .protocol import CacheQuantizer, LayerSpec, Strategy
+
+if TYPE_CHECKING:
+    from .hf.cache import PackedCache
+
+VERSION = 1
+
+LAYER = LayerSpec(index=0, layers=2, kv_heads=2, head_dim=64, value_dim=64)
+SIDES: tuple[Side, Side] = ("key", "value")
+OPTIONS: dict[str, Any] = {"residual_length": 16, "sink_tokens": 2}
+
+
+class ContractError(AssertionError):
+    """A strategy does not do what `CacheQuantizer` asks."""
+
+
+def check_strategy(strategy: CacheQuantizer) -> None:
+    """Run every check; raises ContractError at the first that fails."""
+    for check in CHECKS:
+        check(strategy)
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+def check_settings_are_frozen_strict_and_round_trip(strategy: CacheQuantizer) -> None:
+    """Fields cannot be assigned, unknown fields are refused, and the dumped settings build an equal strategy."""
+    if not isinstance(strategy, Strategy):
+        return  # a protocol implementation of another kind has no pydantic settings
+    cls = type(strategy)
+    _require(
+        cls.model_validate(strategy.model_dump()) == strategy, strategy, "model_validate(model_dump()) to be equal"
+    )
+    _require(hash(strategy) == hash(copy.deepcopy(strategy)), strategy, "equal strategies to hash alike")
+    try:
+        cls.model_validate({**strategy.model_dump(), "no_such_field": 1})
+    except ValidationError:
+        pass
+    else:
+        raise _failure(strategy, "an unknown field to be refused (ConfigDict(extra='forbid'))")
+    for field in cls.model_fields:
+        try:
+            setattr(strategy, field, getattr(strategy, field))
+        except ValidationError:
+            continue
+        raise _failure(strategy, f"field {field!r} to be frozen (ConfigDict(frozen=True))")
+
+
+def check_formats_depend_on_the_layer_alone(strategy: CacheQuantizer) -> None:
+    """Asked twice about one layer, a strategy answers the same: a LayerFormat, or None to keep the layer exact."""
+    first, second = strategy.formats(LAYER), strategy.formats(LAYER)
+    _require(
+        first is None or isinstance(first, LayerFormat), strategy, f"formats() to return a LayerFormat, got {first!r}"
+    )
+    _require(first == second, strategy, "formats() to give the same answer twice")
+
+
+# ---- encode and decode ---------------------------------------------------------------------------------------------
+
+
+def check_encoding_returns_whole_blocks(strategy: CacheQuantizer) -> None:
+    """Every tensor of an encoding has batch, heads and blocks in front."""
+    for side, formats in _sides(strategy):
+        packed = _encode(strategy, side, _states(formats, blocks=3))
+        _require(len(packed) > 0, strategy, f"encode({side}) to return at least one tensor")
+        for name, tensor in packed.items():
+            expected = (2, LAYER.kv_heads, 3)
+            _require(
+                tuple(tensor.shape[:3]) == expected,
+                strategy,
+                f"encode({side})[{name!r}] to begin with [batch, heads, blocks] {expected}, got {tuple(tensor.shape)}",
+            )
+
+
+def check_encoding_leaves_its_input_unchanged(strategy: CacheQuantizer) -> None:
+    """encode() does not write to the states it is given."""
+    for side, formats in _sides(strategy):
+        states = _states(formats)
+        before = states.clone()
+        _encode(strategy, side, states)
+        _require(torch.equal(states, before), strategy, f"encode({side}) not to change its input")
+
+
+def check_encoding_is_deterministic(strategy: CacheQuantizer) -> None:
+    """The same states give the same bytes."""
+    for side, formats in _sides(strategy):
+        first, second = (_encode(strategy, side, _states(formats)) for _ in range(2))
+        _require(_same(first, second), strategy, f"encode({side}) of equal states to be equal")
+
+
+def check_blocks_are_encoded_independently(strategy: CacheQuantizer) -> None:
+    """Encoding a prefix gives the prefix of the encoding: the cache appends and crops block by block."""
+    for side, formats in _sides(strategy):
+        states = _states(formats, blocks=3)
+        whole = _encode(strategy, side, states)
+        prefix = _encode(strategy, side, states[:, :, : 2 * formats.block])
+        cut = {name: tensor[:, :, :2] for name, tensor in whole.items()}
+        _require(_same(prefix, cut), strategy, f"encode({side}) of two blocks to equal the first two of three")
+
+
+def check_batch_rows_and_heads_are_independent(strategy: CacheQuantizer) -> None:
+    """Changing one row and one head leaves the bytes of the others alone; batches are reordered row by row."""
+    for side, formats in _sides(strategy):
+        states = _states(formats)
+        other = states.clone()
+        other[1] *= 7
+        same_row = [{n: t[:1] for n, t in _encode(strategy, side, s).items()} for s in (states, other)]
+        _require(_same(*same_row), strategy, f"encode({side}) of batch row 0 not to depend on row 1")
+        other = states.clone()
+        other[:, 1] *= 7
+        same_head = [{n: t[:, :1] for n, t in _encode(strategy, side, s).items()} for s in (states, other)]
+        _require(_same(*same_head), strategy, f"encode({side}) of head 0 not to depend on head 1")
+
+
+def check_decoding_gives_back_shape_and_most_of_the_signal(strategy: CacheQuantizer) -> None:
+    """What is decoded has the shape that was encoded and is closer to it than zeros would be."""
+    for side, formats in _sides(strategy):
+        states = _states(formats)
+        decoded = _decode(strategy, side, _encode(strategy, side, states), formats)
+        _require(
+            decoded.shape == states.shape, strategy, f"decoded {side}s of shape {states.shape}, got {decoded.shape}"
+        )
+        error = (decoded - states).square().mean() / states.square().mean()
+        _require(bool(error < 1), strategy, f"decoded {side}s closer to the states than zeros, relative error {error}")
+
+
+def check_constant_and_zero_states_decode_finite(strategy: CacheQuantizer) -> None:
+    """Vectors without a range neither divide by zero nor drift."""
+    for side, formats in _sides(strategy):
+        for constant in (0.0, 1.5, -3.0):
+            states = torch.full_like(_states(formats), constant)
+            decoded = _decode(strategy, side, _encode(strategy, side, states), formats)
+            _require(
+                bool(decoded.isfinite().all()), strategy, f"constant {side}s {constant} to decode to finite numbers"
+            )
+            worst = float((decoded - states).abs().max())
+            _require(worst <= 0.02 * abs(constant), strategy, f"constant {side}s {constant} within 2 %, off by {worst}")
+
+
+def check_padding_does_not_disturb_real_tokens(strategy: CacheQuantizer) -> None:
+    """Enormous values in tokens marked invalid do not coarsen the grid of the valid ones."""
+    for side, formats in _sides(strategy):
+        states = _states(formats)
+        valid = torch.ones(states.shape[0], states.shape[2], dtype=torch.bool)
+        valid[:, :5] = False
+        real = valid[:, None, :, None]
+        clean = _error(strategy, side, states, formats, real)
+        loud = _error(strategy, side, torch.where(real, states, torch.full_like(states, 1e4)), formats, real)
+        _require(loud <= 1.5 * clean + 1e-6, strategy, f"padding not to raise the error of {side}s: {clean} to {loud}")
+
+
+def check_bytes_match_the_formula(strategy: CacheQuantizer) -> None:
+    """Packed states are smaller than what came in, and exactly as large as their format says."""
+    for side, formats in _sides(strategy):
+        fmt = getattr(formats, side)
+        states = _states(formats).half()
+        packed = _encode(strategy, side, states)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
+        if fmt.codes == "exact":
+            continue
+        _require(held < states.numel() * 2, strategy, f"packed {side}s to take fewer bytes than float16, got {held}")
+        if fmt.packed:
+            blocks = states.shape[0] * states.shape[1] * states.shape[2] // formats.block
+            stated = blocks * sum(fmt.block_bytes(side, states.shape[3], formats.block, 2).values())
+            _require(held == stated, strategy, f"packed {side}s to take the {stated} bytes of the formula, got {held}")
+
+
+# ---- in the cache --------------------------------------------------------------------------------------------------
+
+
+def check_streaming_equals_the_simulation(strategy: CacheQuantizer) -> None:
+    """Decoding through the packed cache and the one-forward simulation give the same logits (float64, 1e-6)."""
+    from .hf.simulate import SimulatedCache
+
+    model = _model(torch.float64)
+    tokens = _tokens(2, 180 + _block(strategy))
+    with torch.no_grad():
+        simulated = model(
+            tokens, past_key_values=SimulatedCache(model, strategy, prefill=60, chunk=37, **OPTIONS)
+        ).logits
+        streamed = _stream(model, _cache(model, strategy), tokens, 60, 37)
+    worst = float((simulated - streamed).abs().max())
+    _require(worst <= 1e-6, strategy, f"simulated and streamed logits to agree to 1e-6, differ by {worst}")
+
+
+def check_generation_equals_dequantized_attention(strategy: CacheQuantizer) -> None:
+    """Attention over packed bytes equals attention over what `dequantize` gives, sinks and tail included."""
+    model = _model()
+    cache, tokens = _filled(model, strategy)
+    other = copy.deepcopy(cache)
+    with torch.no_grad():
+        packed = model(tokens[:, -1:], past_key_values=cache).logits
+        layers = other.packed_layers
+        for layer in layers:
+            layer.attend = _dense_attention(layer)  # type: ignore[method-assign]
+        dense = model(tokens[:, -1:], past_key_values=other).logits
+    worst = float((packed - dense).abs().max())
+    _require(worst <= 1e-4, strategy, f"packed and dequantized attention to agree to 1e-4, differ by {worst}")
+
+
+def check_batch_operations_move_whole_rows(strategy: CacheQuantizer) -> None:
+    """reorder, select and repeat of the cache do to the next logits what they do to the rows."""
+    model = _model()
+    index = torch.tensor([1, 0, 1])
+    for name, operate in (
+        ("batch_select_indices", lambda cache: cache.batch_select_indices(index)),
+        ("reorder_cache", lambda cache: cache.reorder_cache(index)),
+        ("batch_repeat_interleave", lambda cache: cache.batch_repeat_interleave(2)),
+    ):
+        cache, tokens = _filled(model, strategy)
+        changed = copy.deepcopy(cache)
+        operate(changed)
+        rows = torch.tensor([0, 0, 1, 1]) if name == "batch_repeat_interleave" else index
+        with torch.no_grad():
+            expected = model(tokens[:, -1:], past_key_values=cache).logits[rows]
+            got = model(tokens[rows, -1:], past_key_values=changed).logits
+        _require(bool((expected - got).abs().max() <= 1e-4), strategy, f"{name} to move whole rows")
+
+
+def check_crop_forgets_what_came_after(strategy: CacheQuantizer) -> None:
+    """A cache cropped to a whole number of blocks equals one that never saw the rest."""
+    model = _model()
+    block = _block(strategy)
+    tokens = _tokens(1, 3 * block + 7)
+    longer = _cache(model, strategy, residual_length=0)
+    with torch.no_grad():
+        model(tokens[:, : 2 * block], past_key_values=longer)
+        shorter = copy.deepcopy(longer)
+        model(tokens[:, 2 * block :], past_key_values=longer)
+        longer.crop(-(block + 7))
+        _require(longer.get_seq_length() == 2 * block, strategy, f"crop to leave {2 * block} tokens")
+        pair = [model(tokens[:, :3], past_key_values=cache).logits for cache in (longer, shorter)]
+    _require(bool((pair[0] - pair[1]).abs().max() <= 1e-4), strategy, "a cropped cache to equal one never filled")
+
+
+def check_reset_and_copies_share_nothing(strategy: CacheQuantizer) -> None:
+    """A reset cache behaves like a new one, and a deep copy lives on its own."""
+    model = _model()
+    cache, tokens = _filled(model, strategy)
+    twin = copy.deepcopy(cache)
+    with torch.no_grad():
+        expected = model(tokens[:, -1:], past_key_values=cache).logits
+        cache.reset()
+        _require(cache.get_seq_length() == 0 and cache.memory().elements == 0, strategy, "reset to empty the cache")
+        again = model(tokens[:, -1:], past_key_values=twin).logits
+    _require(torch.equal(expected, again), strategy, "a deep copy to be unaffected by the original")
+
+
+def check_saved_caches_resume(strategy: CacheQuantizer) -> None:
+    """A cache read back from its file gives the same logits."""
+    from .hf.cache import PackedCache
+
+    model = _model()
+    cache, tokens = _filled(model, strategy)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "cache.safetensors"
+        cache.save(path)
+        loaded = PackedCache.load(path, model, strategy)
+        pair = [model(tokens[:, -1:], past_key_values=c).logits for c in (cache, loaded)]
+    _require(torch.equal(*pair), strategy, "a cache read back from its file to give the same logits")
+
+
+def check_memory_counts_every_byte(strategy: CacheQuantizer) -> None:
+    """The rows of the memory report add up, and to no more than an exact cache plus its exact segments."""
+    model = _model()
+    cache, _ = _filled(model, strategy)
+    report = cache.memory()
+    _require(sum(report.rows.values()) == report.device_bytes + report.host_bytes, strategy, "memory rows to add up")
+    held = sum(
+        tensor.untyped_storage().nbytes()
+        for layer in cache.packed_layers
+        for store in (*layer.stores.values(), *layer.tails.values())
+        for tensor in store.tensors()
+    )
+    counted = sum(size for name, size in report.rows.items() if name not in ("sinks", "tables", "rope", "host layers"))
+    _require(held == counted, strategy, f"the memory report to count the {held} bytes held, got {counted}")
+
+
+CHECKS: tuple[Callable[[CacheQuantizer], None], ...] = tuple(
+    check for name, check in list(globals().items()) if name.startswith("check_") and name != "check_strategy"
+)
+
+
+# ---- inside --------------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, strategy: CacheQuantizer, expectation: str) -> None:
+    if not condition:
+        raise _failure(strategy, expectation)
+
+
+def _failure(strategy: CacheQuantizer, expectation: str) -> ContractError:
+    return ContractError(f"strategy {strategy.name!r} ({strategy!r}): expected {expectation}")
+
+
+def _sides(strategy: CacheQuantizer) -> list[tuple[Side, LayerFormat]]:
+    formats = strategy.formats(LAYER)
+    return [] if formats is None else [(side, formats) for side in SIDES]
+
+
+def _block(strategy: CacheQuantizer) -> int:
+    formats = strategy.formats(LAYER)
+    return 128 if formats is None else formats.block
+
+
+def _states(formats: LayerFormat, blocks: int = 2) -> Tensor:
+    """Correlated channels of very different scale, as keys have: `[2, kv_heads, blocks * block, head_dim]`."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (2, LAYER.kv_heads, blocks * formats.block, LAYER.head_dim)
+    scales = torch.linspace(0.2, 3.0, LAYER.head_dim)
+    return torch.randn(shape, generator=generator) * scales + scales.flip(0) * 0.3
+
+
+def _encode(strategy: CacheQuantizer, side: Side, states: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+    formats = strategy.formats(LAYER)
+    assert formats is not None
+    tables = strategy.tables(LAYER, side)
+    return strategy.encode(states, getattr(formats, side), side, formats.block, valid, tables)
+
+
+def _decode(strategy: CacheQuantizer, side: Side, packed: dict[str, Tensor], formats: LayerFormat) -> Tensor:
+    fmt, tables = getattr(formats, side), strategy.tables(LAYER, side)
+    if fmt.codes == "custom":
+        return strategy.decode(packed, fmt, side, formats.block, tables)
+    return quantize.decode(packed, fmt, side, LAYER.head_dim, formats.block, tables)
+
+
+def _error(strategy: CacheQuantizer, side: Side, states: Tensor, formats: LayerFormat, real: Tensor) -> float:
+    packed = _encode(strategy, side, states, real[:, 0, :, 0])
+    return float(((_decode(strategy, side, packed, formats) - states) * real).square().mean())
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _model(dtype: torch.dtype = torch.float32) -> Any:
+    from .hf.tiny import tiny_model
+
+    return tiny_model(dtype)
+
+
+def _tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def _cache(model: Any, strategy: CacheQuantizer, **options: Any) -> "PackedCache":
+    from .hf.cache import PackedCache
+
+    return PackedCache(model, strategy, **{**OPTIONS, **options})
+
+
+def _filled(model: Any, strategy: CacheQuantizer) -> tuple["PackedCache", Tensor]:
+    """A cache with packed blocks, sinks and a tail, and the tokens it was filled with."""
+    cache = _cache(model, strategy)
+    tokens = _tokens(2, 2 * _block(strategy) + 29)
+    _stream(model, cache, tokens, _block(strategy), 41)
+    return cache, tokens
+
+
+def _stream(model: Any, cache: "PackedCache", tokens: Tensor, prefill: int, chunk: int) -> Tensor:
+    bounds = [0, *range(prefill, tokens.shape[1], chunk), tokens.shape[1]]
+    with torch.no_grad():
+        pieces = [tokens[:, a:b] for a, b in itertools.pairwise(bounds)]
+        return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+
+
+def _dense_attention(layer: Any) -> Callable[..., Tensor]:
+    """What `PackedLayer.attend` must equal: plain attention over the dequantized states."""
+    from ..kernels.attention import attend_reference
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Any, scaling: float, *unused: Any) -> Tensor:
+        rows = query.float().unflatten(1, (layer.kv_heads, -1)).flatten(2, 3)
+        states = [layer.dequantize(side).float() for side in SIDES]
+        return attend_reference(rows, states[0], states[1], scaling).reshape(query.shape).to(query.dtype)
+
+    return attend

@@ -1,0 +1,169 @@
+"""A packed cache as one file: safetensors for the bytes, JSON in its header for everything else. No pickle."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..protocol import CacheQuantizer
+from .attach import attention_modules
+from .layer import PackedLayer
+from .rope import RotaryTable
+
+if TYPE_CHECKING:
+    from .cache import PackedCache
+
+FILE_VERSION = 1
+
+_IDENTITY = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "rope_parameters")  # fmt: skip
+
+
+def save(cache: "PackedCache", path: str | os.PathLike[str]) -> None:
+    """Write `cache` to `path`, replacing the file only when it is complete.
+
+    Raises TypeError when a layer of the host's own holds something that is neither a tensor nor plain data.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PackedLayer):
+            values, states = layer.state()
+            tensors.update({f"{index}.{name}": tensor for name, tensor in states.items()})
+            layers.append({"packed": values})
+        else:
+            layers.append({"host": _freeze(vars(layer), f"{index}.host", tensors)})
+    tables = []
+    for (kind, _), table in cache.rotary_tables.items():
+        tensors.update({f"rope.{len(tables)}.{name}": tensor for name, tensor in table.tensors().items()})
+        tables.append({"kind": kind, "halved": table.halved})
+    header = {
+        "version": FILE_VERSION,
+        "model": cache.model_identity,
+        "strategy": _describe(cache.strategy),
+        "options": cache.options.model_dump(mode="json"),
+        "layers": layers,
+        "tables": tables,
+    }
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"cachequant": json.dumps(header)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQuantizer) -> "PackedCache":
+    """The cache that `save` wrote, on the model's devices.
+
+    Raises FileNotFoundError, and ValueError for a damaged file, another file version, model, or strategy.
+    """
+    from .cache import PackedCache
+
+    header, tensors = _read(Path(path))
+    if header["version"] != FILE_VERSION:
+        raise ValueError(
+            f"{path} has file version {header['version']}, this cachequant reads version {FILE_VERSION}; "
+            "run the prompt again"
+        )
+    _require_equal(f"{path} was saved from another model", header["model"], identity(model))
+    _require_equal(f"{path} was saved with another strategy", header["strategy"], _describe(strategy))
+    cache = PackedCache(model, strategy, **header["options"])
+    devices = {index: next(module.parameters()).device for index, module in attention_modules(model).items()}
+    for index, (layer, saved) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+        device = devices.get(index, model.device)
+        mine = {n.removeprefix(f"{index}."): t.to(device) for n, t in tensors.items() if n.startswith(f"{index}.")}
+        if isinstance(layer, PackedLayer):
+            layer.restore(saved["packed"], mine)
+        else:
+            vars(layer).update(_thaw(saved["host"], {n: t.to(device) for n, t in tensors.items()}, device))
+    for number, saved in enumerate(header["tables"]):
+        prefix = f"rope.{number}."
+        # every device that serves this kind of layer needs the table
+        for device in {devices.get(layer.index, model.device) for layer in cache.packed_layers}:
+            named = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
+            cache.rotary_tables[(saved["kind"], str(device))] = RotaryTable.restore(named, saved["halved"])
+    return cache
+
+
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What makes cached states of one model useless to another: its shape, its RoPE, a hash of some weights."""
+    config = model.config.get_text_config(decoder=True)
+    named = {name: getattr(config, name, None) for name in _IDENTITY}
+    named["weights"] = _fingerprint(model.get_input_embeddings())
+    # as JSON sees it, so that it compares equal after a round trip
+    return json.loads(json.dumps(named, default=str))
+
+
+def _fingerprint(embeddings: nn.Module) -> str | None:
+    weight = getattr(embeddings, "weight", None)
+    if type(weight) is not nn.Parameter or weight.device.type == "meta":
+        return None  # sharded or offloaded
+    return hashlib.sha256(weight[:64].detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _describe(strategy: CacheQuantizer) -> dict[str, Any]:
+    settings = strategy.model_dump(mode="json") if isinstance(strategy, BaseModel) else {"repr": repr(strategy)}
+    return {"name": strategy.name, **settings}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.exists():
+        raise FileNotFoundError(f"no cache file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}); run the prompt again") from error
+    if "cachequant" not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but not one that PackedCache.save wrote")
+    return json.loads(metadata["cachequant"]), tensors
+
+
+def _require_equal(what: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    names = [name for name in {**saved, **given} if saved.get(name) != given.get(name)]
+    if names:
+        differences = "; ".join(f"{name}: {saved.get(name)!r} in the file, {given.get(name)!r} here" for name in names)
+        raise ValueError(f"{what}: {differences}")
+
+
+def _freeze(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Plain JSON for the attributes of a host layer; tensors go to `tensors` under `name`."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _freeze(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_freeze(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": None}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"the cache cannot be saved: {name} holds a {type(value).__name__}")
+
+
+def _thaw(frozen: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Any:
+    """The inverse of `_freeze`, on `device`."""
+    ((kind, content),) = frozen.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _thaw(item, tensors, device) for key, item in content}
+    if kind == "list":
+        return [_thaw(item, tensors, device) for item in content]
+    if kind == "dtype":
+        return getattr(torch, content)
+    return device if kind == "device" else content

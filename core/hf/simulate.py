@@ -1,0 +1,142 @@
+"""Streaming-exact simulation: one forward that gives the logits of decoding through the packed cache.
+
+Query `i` of a teacher-forced forward sees the tokens that would be packed by then as what their codes stand for, and
+the others exact. It equals feeding the same tokens chunk by chunk through a `PackedCache`, to rounding, and costs one
+forward. It does not hold for strategies that encode a token again later.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...kernels.attention import dense_partial, finish, merge
+from ...kernels.format import Side
+from ..protocol import CacheQuantizer
+from .attention import fold, sink_rows, unfold
+from .cache import PackedCache
+from .handles import LazyStates
+from .layer import Options, PackedLayer
+from .masks import Visibility
+
+QUERY_TILE = 256
+
+
+class SimulatedCache(PackedCache):
+    """Pass to one forward over whole sequences: `model(ids, past_key_values=SimulatedCache(model, strategy))`.
+
+    prefill: tokens of the first forward of the streamed run, which attends exactly; 0 means one chunk.
+    chunk: tokens of each later forward; 1 is token-by-token decoding.
+
+    The other options are those of `PackedCache`. A second forward raises RuntimeError.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        strategy: CacheQuantizer,
+        *,
+        prefill: int = 0,
+        chunk: int = 1,
+        residual_length: int = 128,
+        sink_tokens: int = 0,
+        skip_layers: Iterable[int] = (),
+    ) -> None:
+        if chunk < 1 or prefill < 0:
+            raise ValueError(f"chunk={chunk} must be at least 1 and prefill={prefill} at least 0")
+        self._schedule = (prefill or chunk, chunk)
+        super().__init__(
+            model, strategy, residual_length=residual_length, sink_tokens=sink_tokens, skip_layers=skip_layers
+        )
+
+    def _layer(self, strategy: CacheQuantizer, index: int, layers: int, options: Options) -> PackedLayer:
+        return _SimulatedLayer(strategy, index, layers, options, *self._schedule)
+
+
+class _SimulatedLayer(PackedLayer):
+    """Holds every token twice: packed as far as the end of the run would have it, and exact in the tail."""
+
+    def __init__(
+        self, strategy: CacheQuantizer, index: int, layers: int, options: Options, prefill: int, chunk: int
+    ) -> None:
+        super().__init__(strategy, index, layers, options)
+        self._prefill, self._chunk = prefill, chunk
+
+    def get_seq_length(self) -> int:
+        return self.tails["key"].length if self.is_initialized else 0
+
+    def reads_packed(self, key: LazyStates) -> bool:
+        return True
+
+    def _store(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.get_seq_length():
+            raise RuntimeError("a SimulatedCache serves one forward over whole sequences; make a new one for the next")
+        states: dict[Side, Tensor] = {"key": key_states, "value": value_states}
+        packing = max(0, key_states.shape[2] - self.options.residual_length) // self.formats.block * self.formats.block
+        if packing:
+            valid, self._sinks, self._first = self._classify(packing, states)
+            for side, new in states.items():
+                self.stores[side].append(self._encode(new[:, :, :packing], side, valid))
+        for side, new in states.items():
+            self.tails[side].append(new)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: LazyStates,
+        value: LazyStates,
+        visibility: Visibility,
+        scaling: float,
+        softcap: float | None,
+        s_aux: Tensor | None,
+    ) -> Tensor:
+        rows = fold(query, self.kv_heads, scaling).unflatten(2, (-1, query.shape[2]))
+        exact = [self.rotated(self.tails["key"].read(), 0), self.tails["value"].read()]
+        exact_key, exact_value = (states.to(rows.dtype) for states in exact)
+        packed_key, packed_value = exact_key[:, :, :0], exact_value[:, :, :0]
+        if self.packed_tokens:
+            packed_key, packed_value = (self._dequantized(side, rows.dtype) for side in ("key", "value"))
+        outputs = []
+        for start in range(0, query.shape[2], QUERY_TILE):
+            stop = min(start + QUERY_TILE, query.shape[2])
+            tile = rows[:, :, :, start:stop].flatten(2, 3)
+            packed = min(stop, self.packed_tokens)
+            queries = stop - start
+            band = torch.arange(stop, device=query.device) < self._packed_before(start, stop, query.shape[2])[:, None]
+            seen = visibility.tile(start, stop)
+            parts = []
+            for keys, values, mask in (
+                (packed_key[:, :, :packed], packed_value[:, :, :packed], band[:, :packed]),
+                (exact_key[:, :, :stop], exact_value[:, :, :stop], ~band),
+            ):
+                if not keys.shape[2]:
+                    continue
+                scores = (tile @ keys.transpose(-1, -2)).unflatten(2, (-1, queries))
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                scores = seen.hide(scores, 0).masked_fill(~mask, -torch.inf)
+                parts.append(dense_partial(scores.flatten(2, 3), values))
+            total = parts[0] if len(parts) == 1 else merge(*parts)
+            outputs.append(finish(total, sink_rows(s_aux, self.kv_heads, queries)).unflatten(2, (-1, queries)))
+        return unfold(torch.cat(outputs, dim=3).flatten(2, 3), query)
+
+    def _dequantized(self, side: Side, dtype: torch.dtype) -> Tensor:
+        states = self._decode(self.stores[side].read(), side, dtype)
+        states = self.rotated(states, 0) if side == "key" else states
+        if not self._sinks:
+            return states
+        # sinks come from the exact side: rotated in the model's dtype, as the packed cache does
+        hidden = self.hidden_in_packed(0, self.packed_tokens)
+        assert hidden is not None
+        exact = self.tails[side].read()[:, :, : self.packed_tokens]
+        exact = self.rotated(exact, 0) if side == "key" else exact
+        return torch.where(hidden[:, None, :, None], exact.to(dtype), states)
+
+    def _packed_before(self, start: int, stop: int, total: int) -> Tensor:
+        """How many tokens are packed when queries `[start, stop)` run."""
+        query = torch.arange(start, stop, device=self.device)
+        chunks = (query - self._prefill).div(self._chunk, rounding_mode="floor") + 1
+        end = (self._prefill + chunks * self._chunk).clamp(max=total)
+        packed = (end - self.options.residual_length).clamp(min=0) // self.formats.block * self.formats.block
+        return torch.where(query < self._prefill, 0, packed)
