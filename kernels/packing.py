@@ -20,17 +20,17 @@ def pack(codes: Tensor, bits: int, by_nibble: bool = False) -> Tensor:
     """
     words = row_words(codes.shape[-1], bits)
     padding = words * 32 // bits - codes.shape[-1]
-    codes = torch.nn.functional.pad(codes.to(torch.int32), (0, padding))
+    codes = _contiguous(torch.nn.functional.pad(codes.to(torch.uint8), (0, padding)))
     if bits == 3:
         return _pack3(codes)
-    planes = 16 // bits
-    codes = codes.unflatten(-1, (planes, words, 2))
-    packed = torch.zeros_like(codes[..., 0, :, 0])
-    for plane in range(planes):
-        for half in range(2):
-            # int32 shifts wrap into the sign bit, which is the bit pattern wanted
-            packed |= codes[..., plane, :, half] << _shift(plane, half, bits, by_nibble)
-    return packed
+    if bits == 4 and by_nibble:
+        low, high = codes.unflatten(-1, (2, 2, words * 2)).unbind(-2)
+        return _join_pairs(low | (high << 4))
+    planes = codes.unflatten(-1, (16 // bits, words * 2)).to(torch.int16)
+    halves = torch.zeros_like(planes[..., 0, :])
+    for plane in range(16 // bits):
+        halves |= planes[..., plane, :] << (plane * bits)  # the sign bit is a bit like any other
+    return halves.view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, length: int, by_nibble: bool = False, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -38,59 +38,62 @@ def unpack(words: Tensor, bits: int, length: int, by_nibble: bool = False, dtype
     if bits == 3:
         return _unpack3(words, dtype)[..., :length]
     planes, mask = 16 // bits, (1 << bits) - 1
-    run = words.shape[-1] * 2
-    codes = torch.empty(*words.shape[:-1], planes * run, dtype=dtype, device=words.device)
-    if by_nibble and bits == 4:
-        for plane in range(planes):
-            for half in range(2):
-                shift = _shift(plane, half, bits, True)
-                codes[..., plane * run + half : (plane + 1) * run : 2] = (words >> shift) & mask
-    else:
-        halves = words.contiguous().view(torch.int16)
-        for plane in range(planes):
-            codes[..., plane * run : (plane + 1) * run] = (halves >> (plane * bits)) & mask
-    return codes[..., :length]
-
-
-def _shift(plane: int, half: int, bits: int, by_nibble: bool) -> int:
-    if by_nibble and bits == 4:
-        return 4 * (4 * (plane // 2) + plane % 2 + 2 * half)
-    return plane * bits + 16 * half
-
-
-def _planes3() -> list[tuple[int, int, int, int]]:
-    """(plane, half, shift in the 2-bit word, shift in the 1-bit word) of the sixteen codes a 2-bit word carries."""
-    table = []
-    for k in range(2):
-        for p in range(4):
-            for half in range(2):
-                nibble = 4 * (p // 2) + p % 2 + 2 * half
-                table.append((4 * k + p, half, 4 * nibble + 2 * k, 4 * nibble + k))
-    return table
-
-
-_PLANES3 = _planes3()
+    if bits == 4 and by_nibble:
+        pairs = _split_pairs(words)
+        codes = torch.empty(*pairs.shape[:-1], 2, pairs.shape[-1], dtype=dtype, device=words.device)
+        for plane in range(2):
+            codes[..., plane, :] = (pairs >> (4 * plane)) & mask
+        return codes.flatten(-3)[..., :length]
+    halves = _contiguous(words).view(torch.int16)
+    codes = torch.empty(*words.shape[:-1], planes, halves.shape[-1], dtype=dtype, device=words.device)
+    for plane in range(planes):
+        codes[..., plane, :] = (halves >> (plane * bits)) & mask
+    return codes.flatten(-2)[..., :length]
 
 
 def _pack3(codes: Tensor) -> Tensor:
-    words = codes.shape[-1] // 16
-    codes = codes.unflatten(-1, (8, words, 2))
-    low = torch.zeros_like(codes[..., 0, :, 0])
+    # [..., k, pair, plane, byte]: see `_unpack3`
+    codes = codes.unflatten(-1, (2, 2, 2, -1))
+    low = torch.zeros_like(codes[..., 0, :, 0, :])
     high = torch.zeros_like(low)
-    for plane, half, low_shift, high_shift in _PLANES3:
-        code = codes[..., plane, :, half]
-        low |= (code & 3) << low_shift
-        high |= (code >> 2) << high_shift
-    # two neighbouring 2-bit words share one word of high bits
-    high = high[..., 0::2] | (high[..., 1::2] << 2)
-    return torch.cat([low, high], dim=-1)
+    for k in range(2):
+        for plane in range(2):
+            code = codes[..., k, :, plane, :]
+            low |= (code & 3) << (4 * plane + 2 * k)
+            high |= (code >> 2) << (4 * plane + k)
+    even, odd = high.unflatten(-1, (-1, 2, 2)).unbind(-2)
+    return torch.cat([_join_pairs(low), _join_pairs((even | (odd << 2)).flatten(-2))], dim=-1)
 
 
 def _unpack3(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Plane `4*k + 2*pair + plane` of half `h` of 2-bit word `u`: bits `4*plane + 2*k` of byte `2*pair + h` of that
+    word, and bit `4*plane + 2*(u % 2) + k` of the same byte of 1-bit word `u // 2`."""
     count = words.shape[-1] // 3 * 2
-    low, high = words[..., :count], words[..., count:]
-    high = torch.stack([high, high >> 2], dim=-1).flatten(-2)
-    codes = torch.empty(*words.shape[:-1], 8, count, 2, dtype=dtype, device=words.device)
-    for plane, half, low_shift, high_shift in _PLANES3:
-        codes[..., plane, :, half] = ((low >> low_shift) & 3) | (((high >> high_shift) & 1) << 2)
-    return codes.flatten(-3)
+    low = _split_pairs(words[..., :count])
+    high = _split_pairs(words[..., count:]).view(torch.int16)
+    # what a shift by two carries from one byte into the next is never read
+    high = torch.stack([high, high >> 2], dim=-1).flatten(-2).view(torch.uint8)
+    codes = torch.empty(*words.shape[:-1], 2, 2, 2, 2 * count, dtype=dtype, device=words.device)
+    for k in range(2):
+        for plane in range(2):
+            code = ((low >> (4 * plane + 2 * k)) & 3) | (((high >> (4 * plane + k)) & 1) << 2)
+            codes[..., k, :, plane, :] = code
+    return codes.flatten(-4)
+
+
+def _split_pairs(words: Tensor) -> Tensor:
+    """int32 words `[..., W]` as the bytes of their low and of their high halves: `[..., 2, 2*W]`."""
+    halves = _contiguous(words).view(torch.int16).unflatten(-1, (-1, 2))
+    return _contiguous(halves.transpose(-1, -2)).view(torch.uint8)
+
+
+def _join_pairs(parts: Tensor) -> Tensor:
+    """The inverse of `_split_pairs`."""
+    halves = _contiguous(parts).view(torch.int16).transpose(-1, -2)
+    return _contiguous(halves).flatten(-2).view(torch.int32)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    # `contiguous()` leaves odd strides on dimensions of size 1, which `view(dtype)` then refuses
+    plain = tensor.is_contiguous() and tensor.stride(-1) == 1
+    return tensor if plain else tensor.clone(memory_format=torch.contiguous_format)

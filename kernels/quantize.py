@@ -62,8 +62,9 @@ def encode(
         scale, zero = _static_grid(tables)
     else:
         packed["scales"] = _online_scales(x, fmt, keep)
-        scale, zero = _grid(packed["scales"], fmt, x.shape[-1])
-    ratio = (x - zero) / scale
+        scale, zero = _grid(packed["scales"], fmt)
+    grouped = x.unflatten(-1, (scale.shape[-2], -1))
+    ratio = (grouped - zero) / scale
     # a zero scale means a constant vector: level 0 and the zero point give it back
     ratio = torch.where(scale > 0, ratio, torch.zeros_like(ratio))
     codebook = _codebook(tables, fmt) if fmt.codes == "codebook" else None
@@ -71,10 +72,10 @@ def encode(
         codes = ratio.round_().clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
     else:
         codes = torch.bucketize(ratio, (codebook[1:] + codebook[:-1]) / 2)
-    packed["codes"] = _pack_rows(codes, fmt, side)
+    packed["codes"] = _pack_rows(codes.flatten(-2), fmt, side)
     if fmt.outliers:
         levels = codes.float() if codebook is None else codebook[codes]
-        residual = x - (levels * scale + zero)
+        residual = x - (levels * scale + zero).flatten(-2)
         if keep is not None:
             residual = residual * keep
         rows = residual if side == "key" else residual.transpose(-1, -2)
@@ -117,10 +118,12 @@ def decode_rows(
     `[batch, kv_heads, blocks, block, head_dim]` for keys, `[..., head_dim, block]` for values.
     """
     x = levels(packed["codes"], fmt, head_dim if side == "key" else block, tables, dtype)
-    scale, zero = _static_grid(tables) if fmt.scale == "static" else _grid(packed["scales"], fmt, head_dim)
+    scale, zero = _static_grid(tables) if fmt.scale == "static" else _grid(packed["scales"], fmt)
+    # [..., tokens, groups, channels per group], or that with the token axis last
+    grouped = x.unflatten(-1 if side == "key" else -2, (scale.shape[-2], -1))
     if side == "value":
-        scale, zero = scale.transpose(-1, -2), zero.transpose(-1, -2)
-    x = x * scale.to(dtype) + zero.to(dtype)
+        scale, zero = scale.movedim(-3, -1), zero.movedim(-3, -1)
+    grouped.mul_(scale.to(dtype)).add_(zero.to(dtype))
     if fmt.outliers:
         x.scatter_add_(-1, packed["outlier_index"].long(), packed["outlier_value"].to(dtype))
     return x
@@ -169,15 +172,11 @@ def _channel_range(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
 
 
-def _grid(scales: Tensor, fmt: Format, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Stored scales as float32 `(scale, zero)` that broadcast over `[..., blocks, block, head_dim]`."""
+def _grid(scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Stored scales as float32 `(scale, zero)` that broadcast over `[..., blocks, block, groups, head_dim / groups]`."""
     scales = scales.float()
-    if fmt.scale == "token":
-        groups = scales.shape[-2]
-        if groups > 1:
-            scales = scales.repeat_interleave(head_dim // groups, dim=-2)
-    else:
-        scales = scales.unsqueeze(-3)
+    # token: [..., block, groups, 1]; channel: [..., 1, 1, head_dim]
+    scales = scales.unsqueeze(-2) if fmt.scale == "token" else scales[..., None, None, :, :]
     scale = scales[..., 0]
     if not fmt.symmetric:
         return scale, scales[..., 1]
@@ -188,7 +187,7 @@ def _grid(scales: Tensor, fmt: Format, head_dim: int) -> tuple[Tensor, Tensor]:
 def _static_grid(tables: Tables) -> tuple[Tensor, Tensor]:
     if tables.scale is None or tables.zero is None:
         raise ValueError("scale='static' needs tables with scale and zero; return them from the strategy's tables()")
-    return tables.scale[:, None, None, :], tables.zero[:, None, None, :]
+    return tables.scale[:, None, None, None], tables.zero[:, None, None, None]
 
 
 def _codebook(tables: Tables, fmt: Format) -> Tensor:

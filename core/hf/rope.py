@@ -40,7 +40,8 @@ class RotaryFunction:
     def _rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self._single:
             return self._function(states, cos, sin)  # type: ignore[return-value]
-        return self._function(states, states, cos, sin)[1]
+        no_queries = states[:, :0]
+        return self._function(no_queries, states, cos, sin)[1]
 
 
 def find_rotary_function(module: nn.Module, cos: Tensor, sin: Tensor, project: Project) -> RotaryFunction:
