@@ -173,7 +173,7 @@ def _channel_range(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _grid(scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Stored scales as float32 `(scale, zero)` that broadcast over `[..., blocks, block, groups, head_dim / groups]`."""
+    """Stored scales as float32 `(scale, zero)` that broadcast over `[..., block, groups, head_dim / groups]`."""
     scales = scales.float()
     # token: [..., block, groups, 1]; channel: [..., 1, 1, head_dim]
     scales = scales.unsqueeze(-2) if fmt.scale == "token" else scales[..., None, None, :, :]
