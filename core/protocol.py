@@ -120,6 +120,6 @@ class Strategy(BaseModel):
 
         `cache_options` are those of `PackedCache`. For pipelines and scripts that cannot be edited.
         """
-        from .hf.attach import automatic
+        from .hf.automatic import automatic
 
         return automatic(model, self, **cache_options)

@@ -2,22 +2,16 @@
 
 import inspect
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATION
+from .layer import PackedLayer
 from .rope import RotaryFunction, find_rotary_function
-
-if TYPE_CHECKING:
-    from ..protocol import CacheQuantizer
-    from .cache import PackedCache
-    from .layer import PackedLayer
 
 PROBE_TOKENS = 4
 
@@ -59,36 +53,6 @@ def detach(model: PreTrainedModel) -> None:
     _set_implementation(model, attachment.previous)
 
 
-@contextmanager
-def automatic(model: PreTrainedModel, strategy: "CacheQuantizer", **options: Any) -> Iterator[PreTrainedModel]:
-    """Every `generate` without a cache gets a fresh `PackedCache(model, strategy, **options)` while this is open.
-
-    For pipelines, evaluation harnesses and scripts that cannot be edited. A cache the caller passes, a
-    `cache_implementation` and `use_cache=False` are respected. On leaving, the model is as it was before.
-    """
-    from .cache import PackedCache
-
-    PackedCache(model, strategy, **options)  # complain now, not in the first generate
-    prepare: Any = model._prepare_cache_for_generation
-
-    def prepare_packed(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
-        if free and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = PackedCache(model, strategy, **options)
-        return prepare(generation_config, model_kwargs, *args, **kwargs)
-
-    overridden = model.__dict__.get("_prepare_cache_for_generation")
-    model.__dict__["_prepare_cache_for_generation"] = prepare_packed
-    try:
-        yield model
-    finally:
-        if overridden is None:
-            del model.__dict__["_prepare_cache_for_generation"]
-        else:
-            model.__dict__["_prepare_cache_for_generation"] = overridden
-        detach(model)
-
-
 def attention_modules(model: nn.Module) -> dict[int, Any]:
     """The modules that write to the cache, by layer: they know their layer and take the cache as an argument."""
     found: dict[int, Any] = {}
@@ -125,26 +89,19 @@ def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
 
 def _before_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tell the layer about padding and, where keys are stored before RoPE, swap the position embeddings."""
-    from .cache import PackedCache
-    from .layer import PackedLayer
-
     bound = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
     cache_name = "past_key_values" if "past_key_values" in bound else "layer_past"
-    cache = bound.get(cache_name)
-    if not isinstance(cache, PackedCache) or module.layer_idx >= len(cache.layers):
-        return None
-    layer = cache.layers[module.layer_idx]
+    layers = getattr(bound.get(cache_name), "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     if not isinstance(layer, PackedLayer):
         return None
     layer.note_mask(bound.get("attention_mask"))
     if not layer.before_rope:
         return None
-    return (), _with_identity_rope(module, cache, layer, bound, cache_name)
+    return (), _with_identity_rope(module, layer, bound, cache_name)
 
 
-def _with_identity_rope(
-    module: Any, cache: "PackedCache", layer: "PackedLayer", bound: dict[str, Any], cache_name: str
-) -> dict[str, Any]:
+def _with_identity_rope(module: Any, layer: PackedLayer, bound: dict[str, Any], cache_name: str) -> dict[str, Any]:
     """The arguments of the attention call with embeddings that rotate nothing; the layer keeps the true ones."""
     implementation = module.config._attn_implementation
     if implementation != IMPLEMENTATION:
@@ -175,9 +132,9 @@ def _with_identity_rope(
     def find() -> RotaryFunction:
         return find_rotary_function(module, cos[:, :PROBE_TOKENS], sin[:, :PROBE_TOKENS], project)
 
-    rotary = cache.rotary_function(module, cos.shape[-1], find)
+    rotary = layer.rotary_states.function(module, cos.shape[-1], find)
     kind = getattr(module, "layer_type", None) or ("sliding" if getattr(module, "is_sliding", False) else "full")
-    table = cache.rotary_table(kind, str(cos.device))
+    table = layer.rotary_states.table(kind, cos.device)
     table.append(cos, sin, layer.get_seq_length(), layer.index)
     layer.note_rope(module, rotary, table, cos, sin)
     one, zero = cos.new_ones(()).expand_as(cos), sin.new_zeros(()).expand_as(sin)

@@ -2,11 +2,11 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -15,7 +15,7 @@ from ..protocol import CacheQuantizer, LayerSpec
 from .attach import attach, attention_modules
 from .layer import Options, PackedLayer
 from .persist import identity, load, save
-from .rope import RotaryFunction, RotaryTable
+from .rope import RotaryStates
 
 
 class CacheOptions(BaseModel):
@@ -73,23 +73,21 @@ class PackedCache(Cache):
         skipped = {_layer_index(index, len(host)) for index in self.options.skip_layers}
         # layers that borrow another layer's keys and values are never written
         borrowing = getattr(config, "num_kv_shared_layers", 0) or 0
+        self.rotary_states = RotaryStates()
         kept = Options(self.options.residual_length, self.options.sink_tokens)
         layers = [
-            self._layer(strategy, index, len(host), kept)
+            self._layer(strategy, index, len(host), kept, self.rotary_states)
             if type(layer) is DynamicLayer and index not in skipped and index < len(host) - borrowing
             else layer
             for index, layer in enumerate(host)
         ]
         super().__init__(layers=layers)
-        self.rotary_tables: dict[tuple[str, str], RotaryTable] = {}
-        """By kind of layer and device, for keys before RoPE."""
         self.model_identity = identity(model)
-        self._rotary: dict[tuple[type, int], RotaryFunction] = {}
         self._ask_strategy(model)
         attach(model)
 
-    def _layer(self, strategy: CacheQuantizer, index: int, layers: int, options: Options) -> PackedLayer:
-        return PackedLayer(strategy, index, layers, options)
+    def _layer(self, *arguments: Any) -> PackedLayer:
+        return PackedLayer(*arguments)
 
     @property
     def packed_layers(self) -> list[PackedLayer]:
@@ -124,7 +122,7 @@ class PackedCache(Cache):
                 states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
                 elements += sum(t.numel() for t in states)
                 exact += sum(t.numel() * t.element_size() for t in states)
-        rows["rope"] = sum(table.held_bytes() for table in self.rotary_tables.values())
+        rows["rope"] = self.rotary_states.held_bytes()
         rows["host layers"] = host
         return MemoryReport(
             tokens=self.get_seq_length(),
@@ -148,45 +146,34 @@ class PackedCache(Cache):
                 continue
             if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > length:
                 layer.crop(length - layer.get_seq_length())  # type: ignore[attr-defined]
-        self._truncate_tables()
+        self.rotary_states.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers: `crop(-k)` removes the newest `k` tokens."""
         super().crop(tokens_to_remove)
-        self._truncate_tables()
+        self.rotary_states.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.rotary_tables.clear()
+        self.rotary_states.tables.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes the old row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._map_tables(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.rotary_states.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
-        self._map_tables(lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, Tensor) else indices])
+        self.rotary_states.map(
+            lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, Tensor) else indices]
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self._map_tables(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    # ---- keys before RoPE, called by the attention hook ------------------------------------------------------------
-
-    def rotary_table(self, kind: str, device: str) -> RotaryTable:
-        """The table of one kind of layer on one device."""
-        return self.rotary_tables.setdefault((kind, device), RotaryTable())
-
-    def rotary_function(self, module: nn.Module, dims: int, find: Callable[[], RotaryFunction]) -> RotaryFunction:
-        """The rotary function of an attention class, probed once per cache."""
-        key = (type(module), dims)
-        if key not in self._rotary:
-            self._rotary[key] = find()
-        return self._rotary[key]
+        self.rotary_states.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -195,12 +182,12 @@ class PackedCache(Cache):
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQuantizer) -> "PackedCache":
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQuantizer) -> Self:
         """Read a cache written by `save`, for the same model and strategy.
 
         Raises ValueError naming what differs, or that the file is damaged.
         """
-        return load(path, model, strategy)
+        return load(cls, path, model, strategy)
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -232,14 +219,6 @@ class PackedCache(Cache):
                 f"an earlier forward was interrupted: layers {behind} hold {shortest} tokens, others "
                 f"{max(lengths.values())}. Call cache.truncate({shortest}) to drop what was half written"
             )
-
-    def _truncate_tables(self) -> None:
-        for table in self.rotary_tables.values():
-            table.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
-
-    def _map_tables(self, change: Callable[[Tensor], Tensor]) -> None:
-        for table in self.rotary_tables.values():
-            table.map(change)
 
 
 def _layer_index(index: int, layers: int) -> int:

@@ -12,12 +12,13 @@ from ...kernels import quantize
 from ...kernels.format import Format, LayerFormat, Side
 from ...kernels.quantize import Tables
 from ..protocol import CacheQuantizer, LayerSpec
-from ..store import ExactTail, PackedStore, allocate
-from .attention import attend_packed
+from ..sinks import Sinks
+from ..store import ExactTail, PackedStore
 from .compat import tokens_to_keep
 from .handles import LazyStates
 from .masks import Visibility, key_validity
-from .rope import RotaryFunction, RotaryTable
+from .rope import RotaryFunction, RotaryStates, RotaryTable
+from .segments import attend_packed
 
 # encoding works on this many numbers at a time, so that a long prompt needs no float32 copy of itself
 ENCODE_NUMBERS = 1 << 22
@@ -62,9 +63,11 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, strategy: CacheQuantizer, index: int, layers: int, options: Options) -> None:
+    def __init__(
+        self, strategy: CacheQuantizer, index: int, layers: int, options: Options, rotary_states: RotaryStates
+    ) -> None:
         super().__init__()
-        self.strategy, self.index, self.options = strategy, index, options
+        self.strategy, self.index, self.options, self.rotary_states = strategy, index, options, rotary_states
         self.before_rope = False
         """Whether this layer expects keys before RoPE; set by the cache, which knows the module."""
         self._layers = layers
@@ -76,8 +79,7 @@ class PackedLayer(CacheLayerMixin):
         self.tables: dict[Side, Tables] = {}
         self.stores: dict[Side, PackedStore] = {"key": PackedStore(), "value": PackedStore()}
         self.tails: dict[Side, ExactTail] = {}
-        self._sinks: dict[Side, Tensor] = {}
-        self._first: Tensor | None = None  # index of each row's first real token; None: 0 for all
+        self.sinks = Sinks(self.options.sink_tokens)
         self._mask: Tensor | None = None
         self._rotary: RotaryFunction | None = None
         self._table: RotaryTable | None = None
@@ -189,7 +191,7 @@ class PackedLayer(CacheLayerMixin):
         blocks, rest = divmod(length, self.formats.block)
         for side in SIDES:
             cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.dtype)
-            self._restore_sinks(cut, blocks * self.formats.block, side)
+            self.sinks.restore(cut, side, blocks * self.formats.block, self.packed_tokens)
             self.tails[side].replace(cut[:, :, :rest])
             self.stores[side].truncate(blocks)
 
@@ -230,33 +232,25 @@ class PackedLayer(CacheLayerMixin):
         """The exact tail `[batch, kv_heads, length, dim]` of both sides, keys after RoPE."""
         return self.rotated(self.tails["key"].read(), self.packed_tokens), self.tails["value"].read()
 
-    def sinks(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def present_sinks(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """positions and presence `[batch, sink_tokens]`, and the exact keys (after RoPE) and values at them."""
-        if not self._sinks or not self.packed_tokens:
+        if not self.sinks:
             return None
-        positions = self._sink_positions()
+        positions = self.sinks.positions()
         present = positions < self.packed_tokens
         positions = positions.clamp(max=self.packed_tokens - 1)
-        key = self._sinks["key"]
+        key = self.sinks.states["key"]
         if self.formats.key.rope == "pre":
-            key = self._rotate_at(key, positions)
-        return positions, present, key, self._sinks["value"]
-
-    def hidden_in_packed(self, start: int, stop: int) -> Tensor | None:
-        """Packed tokens of `[start, stop)` that attention reads elsewhere: bool `[batch, n]`, or None."""
-        if not self._sinks:
-            return None
-        last = self._sink_positions()[:, -1:]
-        if self._first is None and start > self.options.sink_tokens:
-            return None
-        return torch.arange(start, stop, device=self.device) <= last
+            rotary, table = self._require_rope()
+            key = rotary(key, *table.read_at(positions, key.dtype))
+        return positions, present, key, self.sinks.states["value"]
 
     def dequantize(self, side: Side) -> Tensor:
         """All tokens of one side, dense, in the model's dtype, keys after RoPE."""
         parts = []
         if self.packed_tokens:
             packed = self._decode(self.stores[side].read(), side, self.dtype)
-            self._restore_sinks(packed, 0, side)
+            self.sinks.restore(packed, side, 0, self.packed_tokens)
             parts.append(packed)
         parts.append(self.tails[side].read())
         states = torch.cat(parts, dim=2)
@@ -301,9 +295,7 @@ class PackedLayer(CacheLayerMixin):
             return {}
         sizes = {f"{side} {name}": size for side in SIDES for name, size in self.stores[side].used_bytes().items()}
         sizes["tail"] = sum(tail.used_bytes() for tail in self.tails.values())
-        sizes["sinks"] = sum(states.untyped_storage().nbytes() for states in self._sinks.values())
-        if self._first is not None:
-            sizes["sinks"] += self._first.untyped_storage().nbytes()
+        sizes["sinks"] = self.sinks.held_bytes()
         sizes["tables"] = sum(
             tensor.untyped_storage().nbytes() for tables in self.tables.values() for tensor in tables.tensors().values()
         )
@@ -325,17 +317,12 @@ class PackedLayer(CacheLayerMixin):
         """What a file needs to restore this layer: plain values, and tensors by name."""
         if not self.is_initialized:
             return {}, {}
-        tensors = {
-            f"{part}.{side}.{name}": tensor
-            for side in SIDES
-            for part, named in (
-                ("packed", self.stores[side].read()),
-                ("exact", {"tail": self.tails[side].read(), **({"sinks": self._sinks[side]} if self._sinks else {})}),
-            )
-            for name, tensor in named.items()
-        }
-        if self._first is not None:
-            tensors["first"] = self._first
+        tensors = {f"sinks.{side}": states for side, states in self.sinks.states.items()}
+        if self.sinks.first is not None:
+            tensors["first"] = self.sinks.first
+        for side in SIDES:
+            tensors[f"tail.{side}"] = self.tails[side].read()
+            tensors.update({f"packed.{side}.{name}": tensor for name, tensor in self.stores[side].read().items()})
         return {"formats": self.formats.model_dump(mode="json"), "blocks": self.stores["key"].blocks}, tensors
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -343,7 +330,7 @@ class PackedLayer(CacheLayerMixin):
         if not values:
             return
         self._clear()
-        tails = {side: tensors[f"exact.{side}.tail"] for side in SIDES}
+        tails = {side: tensors[f"tail.{side}"] for side in SIDES}
         self.lazy_initialization(tails["key"], tails["value"])
         if values["formats"] != self.formats.model_dump(mode="json"):
             raise ValueError(
@@ -355,9 +342,8 @@ class PackedLayer(CacheLayerMixin):
             if values["blocks"]:
                 self.stores[side].append(packed)
             self.tails[side].append(tails[side])
-            if f"exact.{side}.sinks" in tensors:
-                self._sinks[side] = tensors[f"exact.{side}.sinks"]
-        self._first = tensors.get("first")
+        sinks: dict[Side, Tensor] = {side: tensors[f"sinks.{side}"] for side in SIDES if f"sinks.{side}" in tensors}
+        self.sinks = Sinks(self.options.sink_tokens, tensors.get("first"), sinks)
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -393,13 +379,14 @@ class PackedLayer(CacheLayerMixin):
             side: torch.cat([self.tails[side].read(), states], dim=2) if self.tails[side].length else states
             for side, states in new.items()
         }
-        valid, sinks, first = self._classify(packing, held)
+        leaving: dict[Side, Tensor] = {side: states[:, :, :packing] for side, states in held.items()}
         # encode everything before anything is changed: a strategy that raises loses nothing
-        packed = {side: self._encode(states[:, :, :packing], side, valid) for side, states in held.items()}
+        sinks, valid = self.sinks.advance(leaving, self.packed_tokens, key_validity(self._mask))
+        packed = {side: self._encode(states, side, valid) for side, states in leaving.items()}
         for side, states in held.items():
             self.stores[side].append(packed[side])
             self.tails[side].replace(states[:, :, packing:])
-        self._sinks, self._first = sinks, first
+        self.sinks = sinks
 
     def _encode(self, states: Tensor, side: Side, valid: Tensor | None) -> dict[str, Tensor]:
         block = self.formats.block
@@ -422,65 +409,6 @@ class PackedLayer(CacheLayerMixin):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return quantize.decode(packed, fmt, side, dim, self.formats.block, self.tables[side], wide).to(dtype)
 
-    def _classify(
-        self, packing: int, held: dict[Side, Tensor]
-    ) -> tuple[Tensor | None, dict[Side, Tensor], Tensor | None]:
-        """Which of the tokens about to be packed belong in statistics, and the sinks after packing them."""
-        past = self.packed_tokens
-        validity = key_validity(self._mask)
-        first = self._first if past else None
-        valid = None
-        if validity is not None:
-            validity = validity.expand(held["key"].shape[0], -1)
-            valid = validity[:, past : past + packing]
-            if not past or first is not None:
-                found = torch.where(validity.any(-1), validity.int().argmax(-1), validity.shape[-1])
-                # a row that had begun before keeps its beginning, whatever this forward's mask hides
-                first = found if first is None else torch.where(first < past, first, found)
-        if not self.options.sink_tokens:
-            return valid, {}, None
-        batch = held["key"].shape[0]
-        positions = self._sink_positions(first, batch)
-        local = positions - past
-        entering = (local >= 0) & (local < packing)
-        sinks = {}
-        for side, states in held.items():
-            index = local.clamp(0, packing - 1)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-            old = self._sinks.get(side)
-            if old is None:
-                old = allocate(states, tuple(index.shape)).zero_()
-            sinks[side] = torch.where(entering[:, None, :, None], states.gather(2, index), old)
-        if entering.any():
-            tokens = torch.arange(packing, device=self.device)
-            is_sink = (tokens[None, :, None] == local[:, None, :]).any(-1)
-            valid = ~is_sink if valid is None else valid & ~is_sink
-        return valid, sinks, first
-
-    def _sink_positions(self, first: Tensor | None = None, batch: int | None = None) -> Tensor:
-        """Token indices of the sinks, `[batch, sink_tokens]`."""
-        first = self._first if first is None else first
-        offsets = torch.arange(self.options.sink_tokens, device=self.device)
-        if first is None:
-            rows = batch if batch is not None else self._sinks["key"].shape[0]
-            return offsets.expand(rows, -1)
-        return first[:, None] + offsets
-
-    def _restore_sinks(self, states: Tensor, start: int, side: Side) -> None:
-        """Put the exact sinks in their places in decoded `states` of the tokens from `start` on, in place."""
-        if not self._sinks:
-            return
-        positions = self._sink_positions()
-        inside = (positions >= start) & (positions < min(start + states.shape[2], self.packed_tokens))
-        rows, slots = inside.nonzero(as_tuple=True)
-        states[rows, :, positions[rows, slots] - start] = self._sinks[side][rows, :, slots].to(states.dtype)
-
-    def _rotate_at(self, key: Tensor, positions: Tensor) -> Tensor:
-        rotary, table = self._require_rope()
-        cos, sin = table.read(0, self.packed_tokens, key.dtype)
-        index = positions[..., None].expand(-1, -1, cos.shape[-1])
-        rows = positions.shape[0]
-        return rotary(key, cos.expand(rows, -1, -1).gather(1, index), sin.expand(rows, -1, -1).gather(1, index))
-
     def _require_rope(self) -> tuple[RotaryFunction, RotaryTable]:
         if self._rotary is None or self._table is None:
             raise RuntimeError(_NOT_ATTACHED.format(self.index))
@@ -492,7 +420,5 @@ class PackedLayer(CacheLayerMixin):
             return
         for buffer in (*self.stores.values(), *self.tails.values()):
             buffer.map(change)
-        self._sinks = {side: change(states) for side, states in self._sinks.items()}
-        if self._first is not None:
-            self._first = change(self._first)
+        self.sinks = self.sinks.map(change)
         self._mask = None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -20,6 +20,8 @@ from .rope import RotaryTable
 
 if TYPE_CHECKING:
     from .cache import PackedCache
+
+Loaded = TypeVar("Loaded", bound="PackedCache")
 
 FILE_VERSION = 1
 
@@ -42,7 +44,7 @@ def save(cache: "PackedCache", path: str | os.PathLike[str]) -> None:
         else:
             layers.append({"host": _freeze(vars(layer), f"{index}.host", tensors)})
     tables = []
-    for (kind, _), table in cache.rotary_tables.items():
+    for (kind, _), table in cache.rotary_states.tables.items():
         tensors.update({f"rope.{len(tables)}.{name}": tensor for name, tensor in table.tensors().items()})
         tables.append({"kind": kind, "halved": table.halved})
     header = {
@@ -62,13 +64,11 @@ def save(cache: "PackedCache", path: str | os.PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQuantizer) -> "PackedCache":
-    """The cache that `save` wrote, on the model's devices.
+def load(kind: type[Loaded], path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQuantizer) -> Loaded:
+    """The cache that `save` wrote, as a `kind` of PackedCache, on the model's devices.
 
     Raises FileNotFoundError, and ValueError for a damaged file, another file version, model, or strategy.
     """
-    from .cache import PackedCache
-
     header, tensors = _read(Path(path))
     if header["version"] != FILE_VERSION:
         raise ValueError(
@@ -77,7 +77,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQu
         )
     _require_equal(f"{path} was saved from another model", header["model"], identity(model))
     _require_equal(f"{path} was saved with another strategy", header["strategy"], _describe(strategy))
-    cache = PackedCache(model, strategy, **header["options"])
+    cache = kind(model, strategy, **header["options"])
     devices = {index: next(module.parameters()).device for index, module in attention_modules(model).items()}
     for index, (layer, saved) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         device = devices.get(index, model.device)
@@ -91,7 +91,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel, strategy: CacheQu
         # every device that serves this kind of layer needs the table
         for device in {devices.get(layer.index, model.device) for layer in cache.packed_layers}:
             named = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
-            cache.rotary_tables[(saved["kind"], str(device))] = RotaryTable.restore(named, saved["halved"])
+            cache.rotary_states.tables[(saved["kind"], str(device))] = RotaryTable.restore(named, saved["halved"])
     return cache
 
 

@@ -118,6 +118,12 @@ class RotaryTable:
             pair.append(torch.cat([part, part], -1) if self._halved else part)
         return pair[0], pair[1]
 
+    def read_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin `[batch, n, dims]` of the tokens `positions [batch, n]`."""
+        cos, sin = self.read(0, self.length, dtype)
+        index = positions[..., None].expand(-1, -1, cos.shape[-1])
+        return cos.expand(len(positions), -1, -1).gather(1, index), sin.expand(len(positions), -1, -1).gather(1, index)
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
         for tail in self._tails():
@@ -159,6 +165,39 @@ class RotaryTable:
         for tail in self._tails():
             tail.replace(torch.cat([tail.read()] * 2, dim=-1))
         self._halved = False
+
+
+class RotaryStates:
+    """All that a cache holds for keys before RoPE: the probed functions, and one table per kind of layer and device."""
+
+    def __init__(self) -> None:
+        self.functions: dict[tuple[type[nn.Module], int], RotaryFunction] = {}
+        self.tables: dict[tuple[str, str], RotaryTable] = {}
+
+    def table(self, kind: str, device: torch.device) -> RotaryTable:
+        """The table of one kind of layer on one device."""
+        return self.tables.setdefault((kind, str(device)), RotaryTable())
+
+    def function(self, module: nn.Module, dims: int, find: Callable[[], RotaryFunction]) -> RotaryFunction:
+        """The rotary function of an attention class, probed once."""
+        key = (type(module), dims)
+        if key not in self.functions:
+            self.functions[key] = find()
+        return self.functions[key]
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        for table in self.tables.values():
+            table.truncate(length)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension."""
+        for table in self.tables.values():
+            table.map(change)
+
+    def held_bytes(self) -> int:
+        """Bytes of the storages."""
+        return sum(table.held_bytes() for table in self.tables.values())
 
 
 def _extend(tail: ExactTail | None, states: Tensor) -> ExactTail:

@@ -6,6 +6,7 @@ forward. It does not hold for strategies that encode a token again later.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from transformers import PreTrainedModel
 from ...kernels.attention import dense_partial, finish, merge
 from ...kernels.format import Side
 from ..protocol import CacheQuantizer
-from .attention import fold, sink_rows, unfold
 from .cache import PackedCache
 from .handles import LazyStates
-from .layer import Options, PackedLayer
-from .masks import Visibility
+from .layer import PackedLayer
+from .masks import Visibility, key_validity
+from .segments import capped, fold, sink_rows, unfold
 
 QUERY_TILE = 256
 
@@ -50,17 +51,15 @@ class SimulatedCache(PackedCache):
             model, strategy, residual_length=residual_length, sink_tokens=sink_tokens, skip_layers=skip_layers
         )
 
-    def _layer(self, strategy: CacheQuantizer, index: int, layers: int, options: Options) -> PackedLayer:
-        return _SimulatedLayer(strategy, index, layers, options, *self._schedule)
+    def _layer(self, *arguments: Any) -> PackedLayer:
+        return _SimulatedLayer(*self._schedule, *arguments)
 
 
 class _SimulatedLayer(PackedLayer):
     """Holds every token twice: packed as far as the end of the run would have it, and exact in the tail."""
 
-    def __init__(
-        self, strategy: CacheQuantizer, index: int, layers: int, options: Options, prefill: int, chunk: int
-    ) -> None:
-        super().__init__(strategy, index, layers, options)
+    def __init__(self, prefill: int, chunk: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._prefill, self._chunk = prefill, chunk
 
     def get_seq_length(self) -> int:
@@ -75,9 +74,10 @@ class _SimulatedLayer(PackedLayer):
         states: dict[Side, Tensor] = {"key": key_states, "value": value_states}
         packing = max(0, key_states.shape[2] - self.options.residual_length) // self.formats.block * self.formats.block
         if packing:
-            valid, self._sinks, self._first = self._classify(packing, states)
-            for side, new in states.items():
-                self.stores[side].append(self._encode(new[:, :, :packing], side, valid))
+            leaving: dict[Side, Tensor] = {side: new[:, :, :packing] for side, new in states.items()}
+            self.sinks, valid = self.sinks.advance(leaving, 0, key_validity(self._mask))
+            for side, old in leaving.items():
+                self.stores[side].append(self._encode(old, side, valid))
         for side, new in states.items():
             self.tails[side].append(new)
 
@@ -113,9 +113,7 @@ class _SimulatedLayer(PackedLayer):
                 if not keys.shape[2]:
                     continue
                 scores = (tile @ keys.transpose(-1, -2)).unflatten(2, (-1, queries))
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                scores = seen.hide(scores, 0).masked_fill(~mask, -torch.inf)
+                scores = seen.hide(capped(scores, softcap), 0).masked_fill(~mask, -torch.inf)
                 parts.append(dense_partial(scores.flatten(2, 3), values))
             total = parts[0] if len(parts) == 1 else merge(*parts)
             outputs.append(finish(total, sink_rows(s_aux, self.kv_heads, queries)).unflatten(2, (-1, queries)))
@@ -124,11 +122,10 @@ class _SimulatedLayer(PackedLayer):
     def _dequantized(self, side: Side, dtype: torch.dtype) -> Tensor:
         states = self._decode(self.stores[side].read(), side, dtype)
         states = self.rotated(states, 0) if side == "key" else states
-        if not self._sinks:
-            return states
         # sinks come from the exact side: rotated in the model's dtype, as the packed cache does
-        hidden = self.hidden_in_packed(0, self.packed_tokens)
-        assert hidden is not None
+        hidden = self.sinks.covers(0, self.packed_tokens)
+        if hidden is None:
+            return states
         exact = self.tails[side].read()[:, :, : self.packed_tokens]
         exact = self.rotated(exact, 0) if side == "key" else exact
         return torch.where(hidden[:, None, :, None], exact.to(dtype), states)
