@@ -391,12 +391,12 @@ def _stream(model: Any, cache: "PackedCache", tokens: Tensor, prefill: int, chun
 
 
 def _dense_attention(layer: Any) -> Callable[..., Tensor]:
-    """What `PackedLayer.attend` must equal: plain attention over the dequantized states."""
+    """What `PackedLayer.attend` must equal: plain attention over dequantized states."""
     from ..kernels.attention import attend_reference
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Any, scaling: float, *unused: Any) -> Tensor:
+    def attend(query: Tensor, key: Any, value: Any, visibility: Any, scaling: float, *unused: Any) -> Tensor:
         rows = query.float().unflatten(1, (layer.kv_heads, -1)).flatten(2, 3)
-        states = [layer.dequantize(side).float() for side in SIDES]
-        return attend_reference(rows, states[0], states[1], scaling).reshape(query.shape).to(query.dtype)
+        output = attend_reference(rows, key.materialize().float(), value.materialize().float(), scaling)
+        return output.reshape(query.shape).to(query.dtype)
 
     return attend

@@ -23,14 +23,16 @@ class LazyStates(Tensor):
     attention implementation, `repeat_kv`, the latent expansion of MLA) runs on the dequantized tensor: always right,
     only slower.
 
-    exact: the states of this very forward, set while the cache was empty before it. The handle owns them, so they
-        are freed when attention is done, and layers that share keys and values find them as long as they need them.
+    start, exact: what this forward may read as packed, tokens `[0, start)`, and the exact states
+        `[batch, kv_heads, length - start, dim]` of the others (keys as stored). Tokens that this forward packed are
+        still read exact by it; the handle owns them, so they are freed when attention is done.
     """
 
     layer: "PackedLayer"
     side: Side
     version: int
-    exact: Tensor | None
+    start: int
+    exact: Tensor
 
     dequantized: ClassVar[int] = 0
     """How often any handle had to dequantize packed data: tests assert that decoding never does."""
@@ -38,12 +40,12 @@ class LazyStates(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, layer: "PackedLayer", side: Side, like: Tensor, length: int, exact: Tensor | None) -> "LazyStates":
-        batch, heads, _, dim = like.shape
+    def __new__(cls, layer: "PackedLayer", side: Side, start: int, exact: Tensor) -> "LazyStates":
+        batch, heads, tokens, dim = exact.shape
         handle = Tensor._make_wrapper_subclass(
-            cls, (batch, heads, length, dim), dtype=like.dtype, device=like.device, requires_grad=False
+            cls, (batch, heads, start + tokens, dim), dtype=exact.dtype, device=exact.device, requires_grad=False
         )
-        handle.layer, handle.side, handle.version, handle.exact = layer, side, layer.version, exact
+        handle.layer, handle.side, handle.version, handle.start, handle.exact = layer, side, layer.version, start, exact
         return handle
 
     def require_current(self) -> None:
@@ -57,10 +59,14 @@ class LazyStates(Tensor):
     def materialize(self) -> Tensor:
         """The states `[batch, kv_heads, length, dim]` in the model's dtype, after RoPE."""
         self.require_current()
-        if self.exact is not None:
-            return self.layer.rotated(self.exact, 0) if self.side == "key" else self.exact
+        if not self.start:
+            return self.rotated_exact()
         LazyStates.dequantized += 1
-        return self.layer.dequantize(self.side)
+        return torch.cat([self.layer.dequantize(self.side, self.start), self.rotated_exact()], dim=2)
+
+    def rotated_exact(self) -> Tensor:
+        """The exact part, keys after RoPE."""
+        return self.layer.rotated(self.exact, self.start) if self.side == "key" else self.exact
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"LazyStates({self.side}s of layer {self.layer.index}, shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -56,7 +56,8 @@ class PackedLayer(CacheLayerMixin):
 
     Tokens enter the exact tail; whenever it holds `residual_length` tokens and a whole block more, its oldest blocks
     are encoded. So the newest `residual_length` tokens are always exact, and cropping that many touches nothing
-    packed. The first `sink_tokens` real tokens of each row are kept exact beside their codes, which attention skips.
+    packed. What a forward packs, it still reads exact itself; packed data is read from the next forward on. The first
+    `sink_tokens` real tokens of each row are kept exact beside their codes, which attention skips.
     """
 
     is_compileable = False
@@ -118,17 +119,14 @@ class PackedLayer(CacheLayerMixin):
         self._require_same(value_states, "value")
         if self.before_rope and not self._rope_noted:
             raise RuntimeError(_NOT_ATTACHED.format(self.index))
-        past = self.get_seq_length()
+        start = self.packed_tokens
         with torch.no_grad():
-            self._store(key_states.detach(), value_states.detach())
+            exact = self._store(key_states.detach(), value_states.detach())
+        if exact["key"].shape[2] == key_states.shape[2]:
+            exact = {"key": key_states, "value": value_states}  # the first forward, through which gradients may flow
         self.version += 1
         self._mask, self._rope_noted = None, False
-        exact = (key_states, value_states) if past == 0 else (None, None)
-        length = self.get_seq_length()
-        return (
-            LazyStates(self, "key", key_states, length, exact[0]),
-            LazyStates(self, "value", value_states, length, exact[1]),
-        )
+        return LazyStates(self, "key", start, exact["key"]), LazyStates(self, "value", start, exact["value"])
 
     def get_seq_length(self) -> int:
         """Tokens held per batch row, padding included."""
@@ -189,9 +187,10 @@ class PackedLayer(CacheLayerMixin):
                 tail.truncate(length - self.packed_tokens)
             return
         blocks, rest = divmod(length, self.formats.block)
+        packed = self.packed_tokens
         for side in SIDES:
             cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.dtype)
-            self.sinks.restore(cut, side, blocks * self.formats.block, self.packed_tokens)
+            self.sinks.restore(cut, side, blocks * self.formats.block, packed)
             self.tails[side].replace(cut[:, :, :rest])
             self.stores[side].truncate(blocks)
 
@@ -208,18 +207,18 @@ class PackedLayer(CacheLayerMixin):
         s_aux: Tensor | None,
     ) -> Tensor:
         """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
-        return attend_packed(self, query, visibility, scaling, softcap, s_aux)
+        return attend_packed(query, key, value, visibility, scaling, softcap, s_aux)
 
     def reads_packed(self, key: LazyStates) -> bool:
-        """Whether attention reads this layer's buffers, or the exact states of this very forward."""
-        return key.exact is None
+        """Whether attention has to read packed blocks, or finds all it may see exact."""
+        return key.start > 0
 
-    def chunks(self, tokens: int) -> Iterator[Chunk]:
-        """The packed blocks, about `tokens` tokens at a time."""
+    def chunks(self, packed: int, tokens: int) -> Iterator[Chunk]:
+        """The blocks of the first `packed` tokens, about `tokens` tokens at a time."""
         block = self.formats.block
         step = max(1, tokens // block)
-        for start in range(0, self.stores["key"].blocks, step):
-            stop = min(start + step, self.stores["key"].blocks)
+        for start in range(0, packed // block, step):
+            stop = min(start + step, packed // block)
             key, value = (self.stores[side].read(start, stop) for side in SIDES)
             yield Chunk(start * block, stop * block, key, value)
 
@@ -228,32 +227,23 @@ class PackedLayer(CacheLayerMixin):
         states = self._decode(chunk.key if side == "key" else chunk.value, side, dtype)
         return self.rotated(states, chunk.start) if side == "key" else states
 
-    def tail(self) -> tuple[Tensor, Tensor]:
-        """The exact tail `[batch, kv_heads, length, dim]` of both sides, keys after RoPE."""
-        return self.rotated(self.tails["key"].read(), self.packed_tokens), self.tails["value"].read()
-
-    def present_sinks(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """positions and presence `[batch, sink_tokens]`, and the exact keys (after RoPE) and values at them."""
+    def present_sinks(self, packed: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """positions of the sinks, which of them are among the first `packed` tokens, both `[batch, sink_tokens]`, and
+        the exact keys (after RoPE) and values."""
         if not self.sinks:
             return None
         positions = self.sinks.positions()
-        present = positions < self.packed_tokens
-        positions = positions.clamp(max=self.packed_tokens - 1)
+        present = positions < packed
         key = self.sinks.states["key"]
         if self.formats.key.rope == "pre":
             rotary, table = self._require_rope()
-            key = rotary(key, *table.read_at(positions, key.dtype))
-        return positions, present, key, self.sinks.states["value"]
+            key = rotary(key, *table.read_at(positions.clamp(max=packed - 1), key.dtype))
+        return positions.clamp(max=packed - 1), present, key, self.sinks.states["value"]
 
-    def dequantize(self, side: Side) -> Tensor:
-        """All tokens of one side, dense, in the model's dtype, keys after RoPE."""
-        parts = []
-        if self.packed_tokens:
-            packed = self._decode(self.stores[side].read(), side, self.dtype)
-            self.sinks.restore(packed, side, 0, self.packed_tokens)
-            parts.append(packed)
-        parts.append(self.tails[side].read())
-        states = torch.cat(parts, dim=2)
+    def dequantize(self, side: Side, packed: int) -> Tensor:
+        """The first `packed` tokens of one side, all in packed blocks, dense in the model's dtype, keys after RoPE."""
+        states = self._decode(self.stores[side].read(0, packed // self.formats.block), side, self.dtype)
+        self.sinks.restore(states, side, 0, packed)
         return self.rotated(states, 0) if side == "key" else states
 
     # ---- RoPE and masks, handed over by the attention hook ---------------------------------------------------------
@@ -365,15 +355,18 @@ class PackedLayer(CacheLayerMixin):
                 f"{held.device}; call cache.reset() after moving or casting the model"
             )
 
-    def _store(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Append to the tail, and move whole blocks that are old enough from its front to the packed stores."""
+    def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
+        """Append to the tail, and move whole blocks that are old enough from its front to the packed stores.
+
+        Returns the exact states of all tokens that were not packed before.
+        """
         block = self.formats.block
         tokens = self.tails["key"].length + key_states.shape[2]
         packing = max(0, tokens - self.options.residual_length) // block * block
         if not packing:
             self.tails["key"].append(key_states)
             self.tails["value"].append(value_states)
-            return
+            return {side: self.tails[side].read() for side in SIDES}
         new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
         held: dict[Side, Tensor] = {
             side: torch.cat([self.tails[side].read(), states], dim=2) if self.tails[side].length else states
@@ -387,6 +380,7 @@ class PackedLayer(CacheLayerMixin):
             self.stores[side].append(packed[side])
             self.tails[side].replace(states[:, :, packing:])
         self.sinks = sinks
+        return held
 
     def _encode(self, states: Tensor, side: Side, valid: Tensor | None) -> dict[str, Tensor]:
         block = self.formats.block

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...kernels.attention import Partial, dense_partial, finish, merge, packed_partial, packed_scores, unrotate
 from ...kernels.rotation import hadamard_rotate
+from .handles import LazyStates
 from .masks import Visibility
 
 if TYPE_CHECKING:
@@ -17,34 +18,30 @@ CHUNK_NUMBERS = 1 << 20
 
 
 def attend_packed(
-    layer: "PackedLayer",
     query: Tensor,
+    key: LazyStates,
+    value: LazyStates,
     visibility: Visibility,
     scaling: float,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Attention of `query [batch, query_heads, queries, head_dim]` over sinks, packed blocks and tail of `layer`.
+    """Attention of `query [batch, query_heads, queries, head_dim]` over sinks, packed blocks and the exact tokens.
 
-    Packed blocks are walked in chunks, so no dequantized copy of the cache ever exists.
+    key, value: handles with something packed. Packed blocks are walked in chunks, so no dequantized copy of the cache
+    ever exists.
     """
-    queries = query.shape[2]
+    layer, queries = key.layer, query.shape[2]
     rows = fold(query, layer.kv_heads, scaling)
-    partials = []
-    if layer.packed_tokens:
-        partials.append(_packed_segment(layer, rows, visibility, queries, softcap))
-    sinks = layer.present_sinks()
+    total = _packed_segment(layer, key.start, rows, visibility, queries, softcap)
+    sinks = layer.present_sinks(key.start)
     if sinks is not None:
-        positions, present, key, value = sinks
-        scores = capped(_scores(rows, key, queries), softcap)
+        positions, present, sink_key, sink_value = sinks
+        scores = capped(_scores(rows, sink_key, queries), softcap)
         scores = visibility.hide_at(scores, positions).masked_fill(~present[:, None, None, None], -torch.inf)
-        partials.append(dense_partial(scores.flatten(2, 3), value.to(rows.dtype)))
-    tail_key, tail_value = layer.tail()
-    if tail_key.shape[2]:
-        partials.append(dense_segment(rows, tail_key, tail_value, visibility, layer.packed_tokens, queries, softcap))
-    total = partials[0]
-    for partial in partials[1:]:
-        total = merge(total, partial)
+        total = merge(total, dense_partial(scores.flatten(2, 3), sink_value.to(rows.dtype)))
+    exact = dense_segment(rows, key.rotated_exact(), value.exact, visibility, key.start, queries, softcap)
+    total = merge(total, exact)
     return unfold(finish(total, sink_rows(s_aux, layer.kv_heads, queries)), query)
 
 
@@ -73,15 +70,17 @@ def dense_segment(
 
 
 def _packed_segment(
-    layer: "PackedLayer", rows: Tensor, visibility: Visibility, queries: int, softcap: float | None
+    layer: "PackedLayer", packed: int, rows: Tensor, visibility: Visibility, queries: int, softcap: float | None
 ) -> Partial:
+    """Partial over the first `packed` tokens, all of them in packed blocks."""
     formats = layer.formats
     rotated = formats.key.packed and formats.key.rotation == "hadamard"
     # before RoPE, keys must come back to their own basis to be rotated; after it, the query goes to theirs
     direct = formats.key.codes != "custom" and formats.key.rope == "post"
     packed_rows = hadamard_rotate(rows) if rotated and direct else rows
     total = None
-    for chunk in layer.chunks(max(1, CHUNK_NUMBERS // (rows.shape[0] * rows.shape[1] * max(rows.shape[2:])))):
+    tokens = CHUNK_NUMBERS // (rows.shape[0] * rows.shape[1] * max(rows.shape[2:]))
+    for chunk in layer.chunks(packed, tokens):
         if direct:
             scores = packed_scores(packed_rows, chunk.key, formats.key, formats.block, layer.tables["key"])
         else:

@@ -1,8 +1,8 @@
 """Streaming-exact simulation: one forward that gives the logits of decoding through the packed cache.
 
-Query `i` of a teacher-forced forward sees the tokens that would be packed by then as what their codes stand for, and
-the others exact. It equals feeding the same tokens chunk by chunk through a `PackedCache`, to rounding, and costs one
-forward. It does not hold for strategies that encode a token again later.
+Query `i` of a teacher-forced forward sees those tokens as what their codes stand for that its forward of the streamed
+run would find packed, and the others exact. It equals feeding the same tokens chunk by chunk through a `PackedCache`,
+to rounding, and costs one forward. It does not hold for strategies that encode a token again later.
 """
 
 from collections.abc import Iterable
@@ -68,7 +68,7 @@ class _SimulatedLayer(PackedLayer):
     def reads_packed(self, key: LazyStates) -> bool:
         return True
 
-    def _store(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
         if self.get_seq_length():
             raise RuntimeError("a SimulatedCache serves one forward over whole sequences; make a new one for the next")
         states: dict[Side, Tensor] = {"key": key_states, "value": value_states}
@@ -80,6 +80,7 @@ class _SimulatedLayer(PackedLayer):
                 self.stores[side].append(self._encode(old, side, valid))
         for side, new in states.items():
             self.tails[side].append(new)
+        return states
 
     def attend(
         self,
@@ -92,8 +93,7 @@ class _SimulatedLayer(PackedLayer):
         s_aux: Tensor | None,
     ) -> Tensor:
         rows = fold(query, self.kv_heads, scaling).unflatten(2, (-1, query.shape[2]))
-        exact = [self.rotated(self.tails["key"].read(), 0), self.tails["value"].read()]
-        exact_key, exact_value = (states.to(rows.dtype) for states in exact)
+        exact_key, exact_value = key.rotated_exact().to(rows.dtype), value.exact.to(rows.dtype)
         packed_key, packed_value = exact_key[:, :, :0], exact_value[:, :, :0]
         if self.packed_tokens:
             packed_key, packed_value = (self._dequantized(side, rows.dtype) for side in ("key", "value"))
@@ -103,7 +103,7 @@ class _SimulatedLayer(PackedLayer):
             tile = rows[:, :, :, start:stop].flatten(2, 3)
             packed = min(stop, self.packed_tokens)
             queries = stop - start
-            band = torch.arange(stop, device=query.device) < self._packed_before(start, stop, query.shape[2])[:, None]
+            band = torch.arange(stop, device=query.device) < self._packed_before(start, stop)[:, None]
             seen = visibility.tile(start, stop)
             parts = []
             for keys, values, mask in (
@@ -130,10 +130,9 @@ class _SimulatedLayer(PackedLayer):
         exact = self.rotated(exact, 0) if side == "key" else exact
         return torch.where(hidden[:, None, :, None], exact.to(dtype), states)
 
-    def _packed_before(self, start: int, stop: int, total: int) -> Tensor:
+    def _packed_before(self, start: int, stop: int) -> Tensor:
         """How many tokens are packed when queries `[start, stop)` run."""
         query = torch.arange(start, stop, device=self.device)
-        chunks = (query - self._prefill).div(self._chunk, rounding_mode="floor") + 1
-        end = (self._prefill + chunks * self._chunk).clamp(max=total)
-        packed = (end - self.options.residual_length).clamp(min=0) // self.formats.block * self.formats.block
+        begin = query - (query - self._prefill) % self._chunk  # of the forward that runs the query
+        packed = (begin - self.options.residual_length).clamp(min=0) // self.formats.block * self.formats.block
         return torch.where(query < self._prefill, 0, packed)
