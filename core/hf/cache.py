@@ -35,7 +35,8 @@ class PackedCache(Cache):
     implementation (`detach(model)` undoes it). Everything else about the model and `generate` stays as it is: beams,
     sampling, padded batches, chunked prefill, several turns, assisted decoding.
 
-    A forward reads packed what was packed before it, and its own tokens exact: the first one is unquantized. Layers that are not full attention (sliding window, linear, hybrid) keep the host's own layer.
+    A forward reads packed what was packed before it, and its own tokens exact; so the first one is unquantized. Layers
+    that are not full attention (sliding window, linear, hybrid) keep the host's own layer.
 
     model: a decoder-only transformers model.
     strategy: from `registry.get(name)(...)`, or any `CacheQuantizer`.
