@@ -1,6 +1,10 @@
 """What a cache really holds, counted from storages."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 
 class MemoryReport(BaseModel):
@@ -41,3 +45,14 @@ class MemoryReport(BaseModel):
         lines.append(f"{'total':<{width}}  {total:>14,} B")
         summary = f"{self.tokens:,} tokens, {self.bits_per_element:.2f} bits per element, {self.ratio:.2f}x smaller"
         return "\n".join([summary, *lines])
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in `value`, looking into dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)

@@ -20,18 +20,22 @@ class PackedStore:
         self._buffers: dict[str, Tensor] = {}
 
     def append(self, packed: dict[str, Tensor]) -> None:
-        """Append blocks; every tensor has the same dim 2."""
+        """Append blocks that `require_fitting` accepts."""
+        self.require_fitting(packed)
+        count = next(iter(packed.values())).shape[2]
+        self._reserve(packed, self.blocks + count)
+        for name, tensor in packed.items():
+            self._buffers[name][:, :, self.blocks : self.blocks + count] = tensor
+        self.blocks += count
+
+    def require_fitting(self, packed: dict[str, Tensor]) -> None:
+        """Raise ValueError unless `packed` has the names held and one number of blocks, dim 2, throughout."""
         counts = {name: tensor.shape[2] for name, tensor in packed.items()}
         if len(set(counts.values())) != 1 or (self._buffers and counts.keys() != self._buffers.keys()):
             raise ValueError(
                 f"encode returned {counts} blocks by name, the store holds {sorted(self._buffers)}; "
                 "return the same names each time, all with dim 2 equal to the number of blocks"
             )
-        count = next(iter(counts.values()))
-        self._reserve(packed, self.blocks + count)
-        for name, tensor in packed.items():
-            self._buffers[name][:, :, self.blocks : self.blocks + count] = tensor
-        self.blocks += count
 
     def read(self, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """Views of blocks `[start, stop)`."""

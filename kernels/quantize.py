@@ -71,7 +71,7 @@ def encode(
     if codebook is None:
         codes = ratio.round_().clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
     else:
-        codes = torch.bucketize(ratio, (codebook[1:] + codebook[:-1]) / 2)
+        codes = torch.bucketize(ratio.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
     packed["codes"] = _pack_rows(codes.flatten(-2), fmt, side)
     if fmt.outliers:
         levels = codes.float() if codebook is None else codebook[codes]

@@ -32,15 +32,20 @@ def attach(model: PreTrainedModel) -> None:
     Raises ValueError when the model does not let its attention be replaced.
     """
     config = model.config.get_text_config(decoder=True)
+    previous = config._attn_implementation
+    if previous != IMPLEMENTATION:
+        _set_implementation(model, IMPLEMENTATION)
     if model not in _attached:
-        previous = config._attn_implementation
         hooks = [
             module.register_forward_pre_hook(_before_attention, with_kwargs=True)
             for module in attention_modules(model).values()
         ]
         _attached[model] = _Attachment(previous, hooks)
-    if config._attn_implementation != IMPLEMENTATION:
-        _set_implementation(model, IMPLEMENTATION)
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether our attention function is the model's."""
+    return model in _attached
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -132,6 +137,7 @@ def _with_identity_rope(module: Any, layer: PackedLayer, bound: dict[str, Any], 
     def find() -> RotaryFunction:
         return find_rotary_function(module, cos[:, :PROBE_TOKENS], sin[:, :PROBE_TOKENS], project)
 
+    layer.require_batch(bound["hidden_states"].shape[0])  # before the table is touched
     rotary = layer.rotary_states.function(module, cos.shape[-1], find)
     kind = getattr(module, "layer_type", None) or ("sliding" if getattr(module, "is_sliding", False) else "full")
     table = layer.rotary_states.table(kind, cos.device)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..protocol import CacheQuantizer
-from .attach import detach
+from .attach import detach, is_attached
 from .cache import PackedCache
 
 
@@ -18,6 +18,7 @@ def automatic(model: PreTrainedModel, strategy: CacheQuantizer, **options: Any) 
     For pipelines, evaluation harnesses and scripts that cannot be edited. A cache the caller passes, a
     `cache_implementation` and `use_cache=False` are respected. On leaving, the model is as it was before.
     """
+    attached_before = is_attached(model)
     PackedCache(model, strategy, **options)  # complain now, not in the first generate
     prepare: Any = model._prepare_cache_for_generation
 
@@ -36,4 +37,5 @@ def automatic(model: PreTrainedModel, strategy: CacheQuantizer, **options: Any) 
             del model.__dict__["_prepare_cache_for_generation"]
         else:
             model.__dict__["_prepare_cache_for_generation"] = overridden
-        detach(model)
+        if not attached_before:
+            detach(model)

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from ..memory import MemoryReport
+from ..memory import MemoryReport, tensors_in
 from ..protocol import CacheQuantizer, LayerSpec
 from .attach import attach, attention_modules
+from .compat import tokens_to_remove
 from .layer import Options, PackedLayer
 from .persist import identity, load, save
 from .rope import RotaryStates
@@ -117,11 +118,11 @@ class PackedCache(Cache):
                 elements += layer.elements()
                 exact += layer.elements() * layer.dtype.itemsize if layer.is_initialized else 0
             else:
-                tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-                host += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-                states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-                elements += sum(t.numel() for t in states)
-                exact += sum(t.numel() * t.element_size() for t in states)
+                held = sum(tensor.untyped_storage().nbytes() for tensor in tensors_in(vars(layer)))
+                states = tensors_in([getattr(layer, "keys", None), getattr(layer, "values", None)])
+                elements += sum(tensor.numel() for tensor in states)
+                host += held
+                exact += held  # the stock cache holds the same
         rows["rope"] = self.rotary_states.held_bytes()
         rows["host layers"] = host
         return MemoryReport(
@@ -140,12 +141,18 @@ class PackedCache(Cache):
 
         Raises ValueError when a layer that is not packed cannot be cut to that length.
         """
-        for layer in self.layers:
-            if isinstance(layer, PackedLayer):
-                layer.truncate(length)
+        # the host's layers first: they may refuse
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PackedLayer) or not isinstance(layer, CacheLayerMixin):
                 continue
-            if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > length:
-                layer.crop(length - layer.get_seq_length())  # type: ignore[attr-defined]
+            if layer.get_seq_length() <= length:
+                continue
+            try:
+                layer.crop(tokens_to_remove(layer.get_seq_length(), length))  # type: ignore[attr-defined]
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"layer {index} cannot be cut to {length} tokens: {error}; reset the cache") from error
+        for layer in self.packed_layers:
+            layer.truncate(length)
         self.rotary_states.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
 
     def crop(self, tokens_to_remove: int) -> None:

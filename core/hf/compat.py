@@ -21,3 +21,8 @@ def tokens_to_keep(length: int, argument: int) -> int:
             f"crop({argument}): pass a negative number of tokens to remove, or use cache.truncate(length) to keep some"
         )
     return length
+
+
+def tokens_to_remove(length: int, keep: int) -> int:
+    """The argument of the installed transformers' `crop` that keeps `keep` of `length` tokens."""
+    return keep - length if CROP_IS_RELATIVE or keep == 0 else keep

@@ -60,7 +60,8 @@ class LazyStates(Tensor):
         """The states `[batch, kv_heads, length, dim]` in the model's dtype, after RoPE."""
         self.require_current()
         if not self.start:
-            return self.rotated_exact()
+            # the tail is a view with room behind it, but a handle claims to be contiguous
+            return self.rotated_exact().contiguous()
         LazyStates.dequantized += 1
         return torch.cat([self.layer.dequantize(self.side, self.start), self.rotated_exact()], dim=2)
 

@@ -85,7 +85,7 @@ class PackedLayer(CacheLayerMixin):
         self._rotary: RotaryFunction | None = None
         self._table: RotaryTable | None = None
         self._query_angles: tuple[Tensor, Tensor] | None = None
-        self._query_owner: nn.Module | None = None
+        self._query_owner: int | None = None
         self._rope_noted = False
 
     # ---- what transformers calls -----------------------------------------------------------------------------------
@@ -166,6 +166,15 @@ class PackedLayer(CacheLayerMixin):
         raise NotImplementedError("a packed cache cannot be offloaded layer by layer; use fewer bits or device_map")
 
     prefetch = offload
+
+    def require_batch(self, batch: int) -> None:
+        """Raise ValueError unless the cache is empty or holds this many rows."""
+        held = self.tails["key"].read().shape[0] if self.is_initialized else batch
+        if batch != held:
+            raise ValueError(
+                f"layer {self.index}: the cache holds a batch of {held}, this forward has {batch}; "
+                "call cache.batch_repeat_interleave, cache.batch_select_indices or cache.reset first"
+            )
 
     # ---- length ----------------------------------------------------------------------------------------------------
 
@@ -255,7 +264,7 @@ class PackedLayer(CacheLayerMixin):
     def note_rope(self, owner: nn.Module, rotary: RotaryFunction, table: RotaryTable, cos: Tensor, sin: Tensor) -> None:
         """The true position embeddings of the coming forward, for a format that stores keys before RoPE."""
         self._rotary, self._table = rotary, table
-        self._query_angles, self._query_owner = (cos, sin), owner
+        self._query_angles, self._query_owner = (cos, sin), id(owner)
         self._rope_noted = True
 
     @property
@@ -265,9 +274,10 @@ class PackedLayer(CacheLayerMixin):
 
     def rotated_query(self, query: Tensor, module: nn.Module) -> Tensor:
         """`query` after RoPE; only the module that was given identity embeddings still needs it."""
-        if self._rotary is None or self._query_angles is None or self._query_owner is not module:
+        if self._rotary is None or self._query_angles is None or self._query_owner != id(module):
             return query
         cos, sin = self._query_angles
+        self._query_angles = self._query_owner = None  # of this forward alone
         return self._rotary(query, cos.to(query.dtype), sin.to(query.dtype))
 
     def rotated(self, key: Tensor, start: int) -> Tensor:
@@ -338,12 +348,8 @@ class PackedLayer(CacheLayerMixin):
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _require_same(self, states: Tensor, side: Side) -> None:
+        self.require_batch(states.shape[0])
         held = self.tails[side].read()
-        if states.shape[0] != held.shape[0]:
-            raise ValueError(
-                f"layer {self.index}: the cache holds a batch of {held.shape[0]}, this forward has {states.shape[0]}; "
-                "call cache.batch_repeat_interleave, cache.batch_select_indices or cache.reset first"
-            )
         if states.shape[1] != held.shape[1] or states.shape[3] != held.shape[3]:
             raise ValueError(
                 f"layer {self.index}: {side}s of shape {tuple(states.shape)} do not continue "
@@ -376,6 +382,8 @@ class PackedLayer(CacheLayerMixin):
         # encode everything before anything is changed: a strategy that raises loses nothing
         sinks, valid = self.sinks.advance(leaving, self.packed_tokens, key_validity(self._mask))
         packed = {side: self._encode(states, side, valid) for side, states in leaving.items()}
+        for side in SIDES:
+            self.stores[side].require_fitting(packed[side])
         for side, states in held.items():
             self.stores[side].append(packed[side])
             self.tails[side].replace(states[:, :, packing:])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,18 +47,20 @@ def save(cache: "PackedCache", path: str | os.PathLike[str]) -> None:
     for (kind, _), table in cache.rotary_states.tables.items():
         tensors.update({f"rope.{len(tables)}.{name}": tensor for name, tensor in table.tensors().items()})
         tables.append({"kind": kind, "halved": table.halved})
-    header = {
-        "version": FILE_VERSION,
-        "model": cache.model_identity,
-        "strategy": _describe(cache.strategy),
-        "options": cache.options.model_dump(mode="json"),
-        "layers": layers,
-        "tables": tables,
-    }
+    header = _Header(
+        version=FILE_VERSION,
+        model=cache.model_identity,
+        strategy=_describe(cache.strategy),
+        options=cache.options.model_dump(mode="json"),
+        layers=layers,
+        tables=tables,
+    )
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"cachequant": json.dumps(header)})
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()}, partial, {"cachequant": header.model_dump_json()}
+        )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -70,29 +72,39 @@ def load(kind: type[Loaded], path: str | os.PathLike[str], model: PreTrainedMode
     Raises FileNotFoundError, and ValueError for a damaged file, another file version, model, or strategy.
     """
     header, tensors = _read(Path(path))
-    if header["version"] != FILE_VERSION:
+    if header.version != FILE_VERSION:
         raise ValueError(
-            f"{path} has file version {header['version']}, this cachequant reads version {FILE_VERSION}; "
+            f"{path} has file version {header.version}, this cachequant reads version {FILE_VERSION}; "
             "run the prompt again"
         )
-    _require_equal(f"{path} was saved from another model", header["model"], identity(model))
-    _require_equal(f"{path} was saved with another strategy", header["strategy"], _describe(strategy))
-    cache = kind(model, strategy, **header["options"])
+    _require_equal(f"{path} was saved from another model", header.model, identity(model))
+    _require_equal(f"{path} was saved with another strategy", header.strategy, _describe(strategy))
+    cache = kind(model, strategy, **header.options)
     devices = {index: next(module.parameters()).device for index, module in attention_modules(model).items()}
-    for index, (layer, saved) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        device = devices.get(index, model.device)
+    try:
+        _fill(cache, header, tensors, devices, model.device)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; run the prompt again") from error
+    return cache
+
+
+def _fill(
+    cache: "PackedCache", header: "_Header", tensors: dict[str, Tensor], devices: dict[int, Any], default: Any
+) -> None:
+    for index, layer in enumerate(cache.layers):
+        saved = header.layers[index]
+        device = devices.get(index, default)
         mine = {n.removeprefix(f"{index}."): t.to(device) for n, t in tensors.items() if n.startswith(f"{index}.")}
         if isinstance(layer, PackedLayer):
             layer.restore(saved["packed"], mine)
         else:
             vars(layer).update(_thaw(saved["host"], {n: t.to(device) for n, t in tensors.items()}, device))
-    for number, saved in enumerate(header["tables"]):
+    for number, saved in enumerate(header.tables):
         prefix = f"rope.{number}."
         # every device that serves this kind of layer needs the table
-        for device in {devices.get(layer.index, model.device) for layer in cache.packed_layers}:
+        for device in {devices.get(layer.index, default) for layer in cache.packed_layers}:
             named = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
             cache.rotary_states.tables[(saved["kind"], str(device))] = RotaryTable.restore(named, saved["halved"])
-    return cache
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
@@ -116,7 +128,20 @@ def _describe(strategy: CacheQuantizer) -> dict[str, Any]:
     return {"name": strategy.name, **settings}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+class _Header(BaseModel):
+    """The JSON beside the tensors."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int
+    model: dict[str, Any] = {}
+    strategy: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
+    tables: list[dict[str, Any]] = []
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
     if not path.exists():
         raise FileNotFoundError(f"no cache file at {path}")
     try:
@@ -127,7 +152,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is damaged or truncated ({error}); run the prompt again") from error
     if "cachequant" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not one that PackedCache.save wrote")
-    return json.loads(metadata["cachequant"]), tensors
+    try:
+        return _Header.model_validate_json(metadata["cachequant"]), tensors
+    except ValidationError as error:
+        raise ValueError(f"the header of {path} is damaged ({error}); run the prompt again") from error
 
 
 def _require_equal(what: str, saved: dict[str, Any], given: dict[str, Any]) -> None:

@@ -110,19 +110,11 @@ class RotaryTable:
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin `[batch or 1, stop - start, dims]`."""
-        if self._cos is None or self._sin is None:
-            raise RuntimeError("the rotary table is empty; reset the cache and run the prompt again")
-        pair = []
-        for tail in (self._cos, self._sin):
-            part = tail.read()[:, 0, start:stop].to(dtype)
-            pair.append(torch.cat([part, part], -1) if self._halved else part)
-        return pair[0], pair[1]
+        return self._pair(lambda held: held[:, start:stop], dtype)
 
     def read_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin `[batch, n, dims]` of the tokens `positions [batch, n]`."""
-        cos, sin = self.read(0, self.length, dtype)
-        index = positions[..., None].expand(-1, -1, cos.shape[-1])
-        return cos.expand(len(positions), -1, -1).gather(1, index), sin.expand(len(positions), -1, -1).gather(1, index)
+        return self._pair(lambda held: _rows_at(held, positions), dtype)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
@@ -157,6 +149,12 @@ class RotaryTable:
         if tensors:
             table._cos, table._sin = (_extend(None, tensors[name][:, 0]) for name in ("cos", "sin"))
         return table
+
+    def _pair(self, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self._cos is None or self._sin is None:
+            raise RuntimeError("the rotary table is empty; reset the cache and run the prompt again")
+        cos, sin = (pick(tail.read()[:, 0]).to(dtype) for tail in (self._cos, self._sin))
+        return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if self._halved else (cos, sin)
 
     def _tails(self) -> list[ExactTail]:
         return [tail for tail in (self._cos, self._sin) if tail is not None]
@@ -198,6 +196,11 @@ class RotaryStates:
     def held_bytes(self) -> int:
         """Bytes of the storages."""
         return sum(table.held_bytes() for table in self.tables.values())
+
+
+def _rows_at(held: Tensor, positions: Tensor) -> Tensor:
+    index = positions[..., None].expand(-1, -1, held.shape[-1])
+    return held.expand(len(positions), -1, -1).gather(1, index)
 
 
 def _extend(tail: ExactTail | None, states: Tensor) -> ExactTail:

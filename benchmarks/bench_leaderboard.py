@@ -1,0 +1,26 @@
+"""Every variant of every installed strategy on the reference model and its outlier twin.
+
+The time is that of one streaming evaluation; what it found is in `extra_info` and in the summary below the tables.
+"""
+
+import pytest
+
+from cachequant.benchmarks.leaderboard import installed, measure
+from cachequant.benchmarks.subjects import REFERENCE, TWIN
+
+
+@pytest.mark.parametrize("panel", [REFERENCE, TWIN])
+@pytest.mark.parametrize("candidate", installed(), ids=lambda candidate: candidate.spec)
+def test_leaderboard(benchmark, subjects, enter, candidate, panel):
+    benchmark.group = panel
+    row = benchmark.pedantic(measure, args=(subjects[panel], candidate), rounds=1, iterations=1)
+    enter(row)
+    if row.error:
+        pytest.fail(row.error, pytrace=False)
+    benchmark.extra_info.update(
+        strategy=row.strategy,
+        bits_per_element=row.memory.bits_per_element,
+        bytes=row.memory.device_bytes,
+        ratio=row.memory.ratio,
+        **row.accuracy.model_dump(),
+    )
