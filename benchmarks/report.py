@@ -33,7 +33,7 @@ def terminal_tables(board: Leaderboard, width: int) -> list[Table]:
     for panels in parts:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("\nstrategy", overflow="fold", min_width=20)
-        for heading in ("bits", "packed", "ratio"):
+        for heading in ("bits", "packed", "vs 16-bit"):
             table.add_column(f"\n{heading}", justify="right", no_wrap=True)
         for panel in panels:
             for heading in (f"{escape(panel)}\nperplexity", "\nKL mean", "\nKL p99", "\ntop-1"):
@@ -48,7 +48,7 @@ def terminal_tables(board: Leaderboard, width: int) -> list[Table]:
 def markdown(board: Leaderboard) -> str:
     """A GitHub table with the conditions under it."""
     panels = [card.panel for card in board.models]
-    headings = ["strategy", "bits per element", "packed part", "ratio"]
+    headings = ["strategy", "bits per element", "packed part", "vs 16-bit"]
     headings += [f"{panel}: {name}" for panel in panels for name in ("perplexity", "KL mean", "KL p99", "top-1")]
     lines = [headings, ["---"] + ["---:"] * (len(headings) - 1)]
     lines += [[f"`{spec}`", *_cells(rows, panels, "**{}**")] for spec, rows in group(board)]
@@ -76,7 +76,7 @@ def describe(board: Leaderboard) -> str:
         f"Streaming: {protocol.windows} windows of {protocol.length} tokens in one batch, {protocol.prefill} of "
         f"prefill in one pass, then {protocol.chunk} a pass; {protocol.scored} tokens scored per model, newest "
         f"{protocol.residual_length} kept exact.",
-        "Bits and ratio as held at the end of the windows, ratio against the model's dtype.",
+        "Bits as held at the end of the windows, all included; vs 16-bit: how many times smaller than a 16-bit cache.",
         f"KL to the unquantized model in nats per token. {models}.",
         f"Text: {board.text.name}, sha256 {board.text.sha256[:12]}. {board.environment}.",
         *board.notes,
@@ -129,7 +129,8 @@ def _cells(rows: dict[str, Row], panels: list[str], optimal: str) -> list[str]:
     memory = next((row.memory for row in rows.values() if row.memory), None)
     cells = ["-"] * 3
     if memory is not None:
-        cells = [f"{memory.bits_per_element:.2f}", f"{memory.packed_bits_per_element:.2f}", f"{memory.ratio:.2f}x"]
+        bits = memory.bits_per_element
+        cells = [f"{bits:.2f}", f"{memory.packed_bits_per_element:.2f}", f"{16 / bits:.2f}x"]
     for panel in panels:
         row = rows.get(panel)
         if row is None or row.accuracy is None:

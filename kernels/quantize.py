@@ -72,7 +72,7 @@ def encode(
         codes = ratio.round_().clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
     else:
         codes = torch.bucketize(ratio.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
-    packed["codes"] = _pack_rows(codes.flatten(-2), fmt, side)
+    packed = {"codes": _pack_rows(codes.flatten(-2), fmt, side), **packed}
     if fmt.outliers:
         levels = codes.float() if codebook is None else codebook[codes]
         residual = x - (levels * scale + zero).flatten(-2)

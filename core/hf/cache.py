@@ -78,7 +78,7 @@ class PackedCache(Cache):
         kept = Options(self.options.residual_length, self.options.sink_tokens)
         layers = [
             self._layer(strategy, index, len(host), kept, self.rotary_states)
-            if type(layer) is DynamicLayer and index not in skipped and index < len(host) - borrowing
+            if type(layer) is DynamicLayer and index not in skipped and index < config.num_hidden_layers - borrowing
             else layer
             for index, layer in enumerate(host)
         ]

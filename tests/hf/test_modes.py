@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from cachequant import registry
 from cachequant.core import PackedCache, attach
+from cachequant.core.hf.compat import CROP_IS_RELATIVE
 from cachequant.core.hf.handles import LazyStates
 
 PROMPT = 70
@@ -66,6 +69,9 @@ REFUSED = {
     ("qwen3-next", "assisted"): STATEFUL,
     ("qwen3-next", "prompt-lookup"): STATEFUL,
 }
+
+# older ones cannot roll back a sliding window, nor hybrids
+REFUSED_IS_COMPLETE = Version(transformers.__version__) >= Version("5.23")
 
 NO_ROTATION_TO_POSTPONE = {
     "deepseek-v3": "latent attention caches a latent and an already rotated part, not keys",
@@ -158,9 +164,15 @@ def check(run, stock) -> Callable[[str, str, str], None]:
             pytest.skip(f"stock transformers: {REFUSED[architecture, mode]}")
         if cache.startswith("pre") and architecture in NO_ROTATION_TO_POSTPONE:
             pytest.skip(NO_ROTATION_TO_POSTPONE[architecture])
+        try:
+            expected = stock(architecture, mode)
+        except ValueError as error:
+            if REFUSED_IS_COMPLETE:
+                raise
+            pytest.skip(f"stock transformers {transformers.__version__}: {error}")
         before = LazyStates.dequantized
         outcome = run(architecture, mode, packed_cache(cache))
-        assert_same(outcome, stock(architecture, mode))
+        assert_same(outcome, expected)
         assert LazyStates.dequantized == before or architecture in DEQUANTIZES
         assert all(layer.packed_tokens >= 2 * BLOCK for layer in outcome.cache.packed_layers)
 
@@ -214,7 +226,7 @@ def test_candidates_are_accepted_and_rejected(run, mode):
 
     run("qwen3", mode, watched)
     assert len(forwards) < NEW_TOKENS
-    assert min(crops) < 0
+    assert min(crops) < 0 or (crops and not CROP_IS_RELATIVE)
 
 
 def attached(new_cache: NewCache) -> NewCache:
