@@ -28,10 +28,10 @@ def load(dtype: torch.dtype = torch.float32, twin: bool = False) -> tuple[Any, A
     if not (FOLDER / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no model.safetensors in {FOLDER}; install cachequant with its package data, "
-            "or train the model with `python -m cachequant.benchmarks.train_reference`"
+            "or train the model with `python -m cachequant.benchmarks.training.train`"
         )
     # the twin is made in float32 and rounded once
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="sdpa").eval()
     model = outlier_twin(model) if twin else model
     return model.to(dtype), AutoTokenizer.from_pretrained(FOLDER)
 

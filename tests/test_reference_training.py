@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cachequant.benchmarks import passkey, reference, reference_card, reference_figures, train_reference
+from cachequant.benchmarks import passkey, reference
 from cachequant.benchmarks.corpus import Corpus, stdlib_text
-from cachequant.benchmarks.reference_architecture import CONTEXT, new_model, train_tokenizer
-from cachequant.benchmarks.reference_curriculum import ANSWER_WEIGHT, STAGES, Sampler, Stage, stage_at
-from cachequant.benchmarks.reference_optimizer import FLAT_UNTIL, Muon, orthogonalized, rate_at
+from cachequant.benchmarks.training import card, figures, train
+from cachequant.benchmarks.training.architecture import CONTEXT, new_model, train_tokenizer
+from cachequant.benchmarks.training.curriculum import ANSWER_WEIGHT, STAGES, Sampler, Stage, stage_at
+from cachequant.benchmarks.training.optimizer import FLAT_UNTIL, Muon, orthogonalized, rate_at
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +168,20 @@ def test_muon_refuses_a_closure():
 
 @pytest.fixture
 def plan(tmp_path):
-    return train_reference.parse(
+    return train.parse(
         ["--out", str(tmp_path), "--state", str(tmp_path / "state"), "--threads", "1", "--minutes", "0.0001"]
     )
 
 
 def toy_trainer(plan, tokenizer, corpus, **changes):
     """A trainer of a toy-size model; a resumed one begins with other weights."""
-    plan = train_reference.Plan(**vars(plan) | changes)
+    plan = train.Plan(**vars(plan) | changes)
     torch.manual_seed(int(plan.resume))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 4096}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(**sizes, **heads, **tokens, max_position_embeddings=CONTEXT, tie_word_embeddings=True)
-    return train_reference.Trainer(plan, 0, LlamaForCausalLM(config), tokenizer, corpus)
+    return train.Trainer(plan, 0, LlamaForCausalLM(config), tokenizer, corpus)
 
 
 def test_a_step_changes_every_weight_and_counts_itself(plan, tokenizer, corpus):
@@ -194,12 +195,12 @@ def test_a_step_changes_every_weight_and_counts_itself(plan, tokenizer, corpus):
 
 def test_some_steps_lower_the_loss(plan, tokenizer, corpus):
     trainer = toy_trainer(plan, tokenizer, corpus)
-    rows = reference_figures.windows(tokenizer, trainer.sampler.ids, 128, 8)
-    before = reference_figures.mean_loss(trainer.model, rows)
+    rows = figures.windows(tokenizer, trainer.sampler.ids, 128, 8)
+    before = figures.mean_loss(trainer.model, rows)
     trainer.step = 200  # beyond the warm-up
     for _ in range(12):
         trainer.train_step(0.0)
-    assert reference_figures.mean_loss(trainer.model, rows) < before - 0.1
+    assert figures.mean_loss(trainer.model, rows) < before - 0.1
 
 
 def test_resuming_goes_on_exactly_where_the_checkpoint_was_written(plan, tokenizer, corpus):
@@ -224,7 +225,7 @@ def test_resuming_without_a_checkpoint_says_what_to_do(plan, tokenizer, corpus):
 def test_a_run_trains_reports_and_writes_a_model_that_loads(plan, tokenizer, corpus):
     trainer = toy_trainer(plan, tokenizer, corpus)
     trainer.run()
-    log = json.loads((plan.out / reference_card.LOG).read_text())
+    log = json.loads((plan.out / card.LOG).read_text())
     assert log["curve"][-1]["step"] == trainer.step >= 1
     assert log["curve"][-1]["length"] == CONTEXT
     loaded = LlamaForCausalLM.from_pretrained(plan.out)
@@ -237,7 +238,7 @@ def test_a_run_trains_reports_and_writes_a_model_that_loads(plan, tokenizer, cor
 @pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--threads", "0"]])
 def test_command_line_refuses_no_time_and_no_threads(arguments, capsys):
     with pytest.raises(SystemExit):
-        train_reference.parse(arguments)
+        train.parse(arguments)
     assert f"{arguments[0]} 0" in capsys.readouterr().err
 
 
@@ -246,7 +247,7 @@ def test_command_line_refuses_no_time_and_no_threads(arguments, capsys):
 
 @pytest.fixture
 def log():
-    return reference_card.read_log(reference.FOLDER)
+    return card.read_log(reference.FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def config():
 
 def test_rounding_keeps_the_extremes_and_at_most_two_to_the_bits_levels():
     states = torch.randn(1, 2, 3, 64, generator=torch.Generator().manual_seed(0))
-    lossy = reference_figures.rounded(states, 2)
+    lossy = figures.rounded(states, 2)
     torch.testing.assert_close(lossy.amax(-1), states.amax(-1))
     torch.testing.assert_close(lossy.amin(-1), states.amin(-1))
     assert all(len(torch.unique(group.round(decimals=4))) <= 4 for group in lossy.flatten(0, 2))
@@ -267,13 +268,13 @@ def test_fewer_bits_move_the_model_further():
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
-    figures = reference_figures.sensitivity(model, torch.randint(0, 100, (2, 40)))
-    assert figures["8 bit"]["kl"] < figures["4 bit"]["kl"] < figures["2 bit"]["kl"]
-    assert figures["8 bit"]["perplexity"] == pytest.approx(figures["exact"]["perplexity"], rel=1e-3)
+    found = figures.sensitivity(model, torch.randint(0, 100, (2, 40)))
+    assert found["8 bit"]["kl"] < found["4 bit"]["kl"] < found["2 bit"]["kl"]
+    assert found["8 bit"]["perplexity"] == pytest.approx(found["exact"]["perplexity"], rel=1e-3)
 
 
 def test_figures_are_rounded_to_four_significant_digits():
-    assert reference_figures.significant({"a": {"b": 123.456}, "c": 0.000123456, "d": 123456, "e": "x"}) == {
+    assert figures.significant({"a": {"b": 123.456}, "c": 0.000123456, "d": 123456, "e": "x"}) == {
         "a": {"b": 123.5},
         "c": 0.0001235,
         "d": 123456,
@@ -282,16 +283,16 @@ def test_figures_are_rounded_to_four_significant_digits():
 
 
 def test_bundled_card_is_the_one_its_log_makes(log, config):
-    assert (reference.FOLDER / reference_card.CARD).read_text(encoding="utf-8") == reference_card.card(log, config)
+    assert (reference.FOLDER / card.CARD).read_text(encoding="utf-8") == card.card(log, config)
 
 
 def test_writing_a_card_twice_gives_the_same_bytes(tmp_path, log, config):
-    (tmp_path / reference_card.LOG).write_text(json.dumps(log))
+    (tmp_path / card.LOG).write_text(json.dumps(log))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    reference_card.write(tmp_path)
-    first = (tmp_path / reference_card.CARD).read_bytes()
-    reference_card.write(tmp_path)
-    assert (tmp_path / reference_card.CARD).read_bytes() == first
+    card.write(tmp_path)
+    first = (tmp_path / card.CARD).read_bytes()
+    card.write(tmp_path)
+    assert (tmp_path / card.CARD).read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -309,27 +310,27 @@ def test_writing_a_card_twice_gives_the_same_bytes(tmp_path, log, config):
     ],
 )
 def test_every_figure_of_the_card_comes_from_the_log(log, config, path, value, shown):
-    assert shown not in reference_card.card(log, config)
+    assert shown not in card.card(log, config)
     entry = log
     for key in path[:-1]:
         entry = entry[key]
     entry[path[-1]] = value
-    assert shown in reference_card.card(log, config)
+    assert shown in card.card(log, config)
 
 
 def test_the_story_of_one_training_is_not_told_of_another(log, config):
-    assert "stopped at minutes" in reference_card.card(log, config)
+    assert "stopped at minutes" in card.card(log, config)
     del log["notes"]
-    assert "stopped at minutes" not in reference_card.card(log, config)
+    assert "stopped at minutes" not in card.card(log, config)
 
 
 def test_card_names_no_machine_path(log, config):
-    assert not re.search(r"/(home|root|tmp|work|usr|Users)\b", reference_card.card(log, config))
+    assert not re.search(r"/(home|root|tmp|work|usr|Users)\b", card.card(log, config))
 
 
 def test_card_says_what_its_log_lacks(tmp_path, log, config):
     del log["measured"]
     with pytest.raises(ValueError, match=r"no measured.*--measure"):
-        reference_card.card(log, config)
-    with pytest.raises(FileNotFoundError, match="train_reference"):
-        reference_card.write(tmp_path)
+        card.card(log, config)
+    with pytest.raises(FileNotFoundError, match=r"training\.train"):
+        card.write(tmp_path)
