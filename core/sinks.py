@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.format import Side
-from .store import allocate
+from .store import allocate, compact
 
 
 class Sinks:
@@ -51,7 +51,7 @@ class Sinks:
             old = self.states.get(side)
             if old is None:
                 old = allocate(source, tuple(index.shape)).zero_()
-            states[side] = torch.where(entering[:, None, :, None], source.gather(2, index), old)
+            states[side] = compact(torch.where(entering[:, None, :, None], source.gather(2, index), old))
         if entering.any():
             is_sink = (torch.arange(tokens, device=local.device)[None, :, None] == local[:, None, :]).any(-1)
             valid = ~is_sink if valid is None else valid & ~is_sink
@@ -75,8 +75,8 @@ class Sinks:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sinks":
         """Sinks with a changed batch dimension."""
-        first = None if self.first is None else change(self.first)
-        return Sinks(self.count, first, {side: change(states) for side, states in self.states.items()})
+        first = None if self.first is None else compact(change(self.first))
+        return Sinks(self.count, first, {side: compact(change(states)) for side, states in self.states.items()})
 
     def held_bytes(self) -> int:
         """Bytes of the storages."""

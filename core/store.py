@@ -50,7 +50,7 @@ class PackedStore:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension to the blocks held."""
-        self._buffers = {name: change(tensor) for name, tensor in self.read().items()}
+        self._buffers = {name: compact(change(tensor)) for name, tensor in self.read().items()}
 
     def tensors(self) -> list[Tensor]:
         """The buffers, spare capacity included."""
@@ -95,6 +95,11 @@ class ExactTail:
         self._buffer[:, :, self.length : total] = states
         self.length = total
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tokens."""
+        return self._buffer.dtype
+
     def read(self) -> Tensor:
         """View of the tokens held."""
         return self._buffer[:, :, : self.length]
@@ -111,7 +116,7 @@ class ExactTail:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension."""
-        self._buffer = change(self.read())
+        self._buffer = compact(change(self.read()))
 
     def tensors(self) -> list[Tensor]:
         """The buffer, spare capacity included."""

@@ -61,7 +61,7 @@ class Format(BaseModel):
         group = self.group or head_dim
         if head_dim % group:
             fitting = [d for d in range(8, head_dim + 1) if head_dim % d == 0] or [head_dim]
-            raise ValueError(f"group_size={group} does not divide head_dim={head_dim}; use one of {fitting}")
+            raise ValueError(f"a group of {group} channels does not divide head_dim={head_dim}; use one of {fitting}")
         return head_dim // group
 
     def block_bytes(self, side: Side, head_dim: int, block: int, itemsize: int) -> dict[str, int]:
@@ -103,6 +103,19 @@ class LayerFormat(BaseModel):
         if self.value.rope == "pre":
             raise ValueError("rope='pre' is for keys; values carry no rotary position")
         return self
+
+    def require_fitting(self, head_dim: int, value_dim: int) -> None:
+        """Raise ValueError, saying what would fit, if heads of these sizes cannot be packed so."""
+        sides = (("key", self.key, head_dim, head_dim), ("value", self.value, value_dim, self.block))
+        for name, fmt, dim, row in sides:
+            if not fmt.packed:
+                continue
+            if fmt.scale == "token":
+                fmt.groups(dim)
+            if fmt.outliers > row:
+                raise ValueError(f"{name}: {fmt.outliers} outlier slots do not fit a row of {row}; use fewer")
+            if fmt.rotation == "hadamard" and dim % 2:
+                raise ValueError(f"{name}: rotation='hadamard' needs an even head_dim, got {dim}; use rotation='none'")
 
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int) -> float:
         """Bytes per token and kv head of keys and values together."""

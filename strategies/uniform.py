@@ -54,15 +54,21 @@ class Uniform(Strategy):
         return self
 
     def formats(self, layer: LayerSpec) -> LayerFormat:
-        """The same formats for every layer; ValueError when group_size does not divide a head."""
-        per_token = Format(group=self.group_size, symmetric=self.symmetric, rotation=self.rotation)
-        key = per_token.model_copy(update={"bits": self.key_bits or self.bits, "rope": self.key_rope})
-        if self.key_scale == "channel":
-            key = key.model_copy(update={"scale": "channel", "group": None})
-        else:
-            key.groups(layer.head_dim)
-        value = per_token.model_copy(update={"bits": self.value_bits or self.bits})
-        value.groups(layer.value_dim)
+        """The same formats for every layer."""
+        key = Format(
+            bits=self.key_bits or self.bits,
+            scale=self.key_scale,
+            group=self.group_size if self.key_scale == "token" else None,
+            symmetric=self.symmetric,
+            rotation=self.rotation,
+            rope=self.key_rope,
+        )
+        value = Format(
+            bits=self.value_bits or self.bits,
+            group=self.group_size,
+            symmetric=self.symmetric,
+            rotation=self.rotation,
+        )
         return LayerFormat(key=key, value=value, block=self.block)
 
 

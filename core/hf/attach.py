@@ -1,27 +1,30 @@
 """Switching a model to our attention, and back."""
 
 import inspect
-import weakref
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATION
 from .layer import PackedLayer
-from .rope import RotaryFunction, find_rotary_function
+from .rope import find_rotary_function
 
 PROBE_TOKENS = 4
 
 
+# these read or cut the mask themselves before attention is called, and expect it in full
+_OWN_MASKS = frozenset({"doge", "git", "hy_v4"})
+
+
 class _Attachment(NamedTuple):
-    previous: str | None
-    hooks: list[Any]
+    """Kept on each attention module, so that copies of a model are attached, and detached, like the original."""
 
-
-_attached: "weakref.WeakKeyDictionary[nn.Module, _Attachment]" = weakref.WeakKeyDictionary()
+    previous: str
+    hook: RemovableHandle
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -32,30 +35,39 @@ def attach(model: PreTrainedModel) -> None:
     Raises ValueError when the model does not let its attention be replaced.
     """
     config = model.config.get_text_config(decoder=True)
+    modules = attention_modules(model).values()
+    if config.model_type in _OWN_MASKS:
+        raise ValueError(f"{type(model).__name__} builds its own attention mask; its attention cannot be replaced")
     previous = config._attn_implementation
     if previous != IMPLEMENTATION:
         _set_implementation(model, IMPLEMENTATION)
-    if model not in _attached:
-        hooks = [
-            module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-            for module in attention_modules(model).values()
-        ]
-        _attached[model] = _Attachment(previous, hooks)
+    own = "sdpa" if previous in (None, IMPLEMENTATION) else previous
+    for module in modules:
+        if _attachment(module) is None:
+            hook = module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+            module._cachequant = _Attachment(own, hook)
 
 
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether our attention function is the model's."""
-    return model in _attached
+    return any(_attachment(module) is not None for module in attention_modules(model).values())
 
 
 def detach(model: PreTrainedModel) -> None:
     """Give the model its own attention back; packed caches made for it then read through dequantized tensors."""
-    attachment = _attached.pop(model, None)
-    if attachment is None:
-        return
-    for hook in attachment.hooks:
-        hook.remove()
-    _set_implementation(model, attachment.previous)
+    previous = None
+    for module in attention_modules(model).values():
+        attachment = _attachment(module)
+        if attachment is not None:
+            attachment.hook.remove()
+            previous = attachment.previous
+            del module._cachequant
+    if previous is not None:
+        _set_implementation(model, previous)
+
+
+def _attachment(module: nn.Module) -> _Attachment | None:
+    return module.__dict__.get("_cachequant")
 
 
 def attention_modules(model: nn.Module) -> dict[int, Any]:
@@ -134,13 +146,10 @@ def _with_identity_rope(module: Any, layer: PackedLayer, bound: dict[str, Any], 
             module.forward(**arguments)
         return probe.keys
 
-    def find() -> RotaryFunction:
-        return find_rotary_function(module, cos[:, :PROBE_TOKENS], sin[:, :PROBE_TOKENS], project)
-
     layer.require_batch(bound["hidden_states"].shape[0])  # before the table is touched
-    rotary = layer.rotary_states.function(module, cos.shape[-1], find)
+    rotary = find_rotary_function(module, cos[:, :PROBE_TOKENS], sin[:, :PROBE_TOKENS], project)
     kind = getattr(module, "layer_type", None) or ("sliding" if getattr(module, "is_sliding", False) else "full")
-    table = layer.rotary_states.table(kind, cos.device)
+    table = layer.rotary_tables.get(kind, cos.device)
     table.append(cos, sin, layer.get_seq_length(), layer.index)
     layer.note_rope(module, rotary, table, cos, sin)
     one, zero = cos.new_ones(()).expand_as(cos), sin.new_zeros(()).expand_as(sin)

@@ -14,6 +14,9 @@ from .segments import dense_segment, fold, sink_rows, unfold
 
 IMPLEMENTATION = "cachequant"
 
+# arguments of some architectures that change the result; ignoring one would be silently wrong
+_FOREIGN = ("position_bias", "sinks", "indices", "block_indices")
+
 
 def attention_forward(
     module: nn.Module,
@@ -34,6 +37,9 @@ def attention_forward(
 
     Returns `([batch, queries, query_heads, value_dim], None)`: probabilities are not materialised.
     """
+    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
+    if foreign:
+        raise ValueError(f"{type(module).__name__} passes {foreign} to attention, which a packed cache cannot honour")
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     visibility = Visibility(attention_mask, query.shape[2], key.shape[2], query.device)
     if isinstance(key, LazyStates) and isinstance(value, LazyStates):
@@ -43,6 +49,8 @@ def attention_forward(
         if not layer.reads_packed(key):
             key, value = key.materialize(), value.materialize()
         else:
+            if dropout:
+                raise ValueError(f"dropout={dropout} cannot be applied over packed keys; call model.eval()")
             output = layer.attend(query, key, value, visibility, scaling, softcap, s_aux)
             return output.transpose(1, 2).contiguous(), None
     elif isinstance(key, LazyStates) or isinstance(value, LazyStates):

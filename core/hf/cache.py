@@ -2,10 +2,10 @@
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -14,19 +14,9 @@ from ..memory import MemoryReport, tensors_in
 from ..protocol import CacheQuantizer, LayerSpec
 from .attach import attach, attention_modules
 from .compat import tokens_to_remove
-from .layer import Options, PackedLayer
+from .layer import CacheOptions, PackedLayer
 from .persist import identity, load, save
-from .rope import RotaryStates
-
-
-class CacheOptions(BaseModel):
-    """The options of `PackedCache`, checked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    residual_length: int = Field(default=128, ge=0, description="Newest tokens that are always exact.")
-    sink_tokens: int = Field(default=0, ge=0, le=128, description="First real tokens of each row kept exact.")
-    skip_layers: tuple[int, ...] = Field(default=(), description="Layers kept exact; negative counts from the last.")
+from .rope import RotaryTables
 
 
 class PackedCache(Cache):
@@ -57,9 +47,10 @@ class PackedCache(Cache):
         sink_tokens: int = 0,
         skip_layers: Iterable[int] = (),
     ) -> None:
-        if not isinstance(strategy, CacheQuantizer):
+        if isinstance(strategy, type) or not isinstance(strategy, CacheQuantizer):
             raise TypeError(
-                f"strategy must be a CacheQuantizer such as registry.get('uniform')(bits=4), got {strategy!r}"
+                f"strategy must be an instance of a CacheQuantizer, such as registry.get('uniform')(bits=4), "
+                f"got {strategy!r}"
             )
         if model.config.is_encoder_decoder:
             raise ValueError(
@@ -74,15 +65,20 @@ class PackedCache(Cache):
         skipped = {_layer_index(index, len(host)) for index in self.options.skip_layers}
         # layers that borrow another layer's keys and values are never written
         borrowing = getattr(config, "num_kv_shared_layers", 0) or 0
-        self.rotary_states = RotaryStates()
-        kept = Options(self.options.residual_length, self.options.sink_tokens)
+        self.rotary_tables = RotaryTables()
         layers = [
-            self._layer(strategy, index, len(host), kept, self.rotary_states)
+            self._layer(strategy, index, len(host), self.options, self.rotary_tables)
             if type(layer) is DynamicLayer and index not in skipped and index < config.num_hidden_layers - borrowing
             else layer
             for index, layer in enumerate(host)
         ]
         super().__init__(layers=layers)
+        if not self.packed_layers:
+            warnings.warn(
+                f"no layer of {type(model).__name__} can be packed (none has full attention, or all are skipped): "
+                "this cache holds what the stock one would",
+                stacklevel=2,
+            )
         self.model_identity = identity(model)
         self._ask_strategy(model)
         attach(model)
@@ -123,7 +119,7 @@ class PackedCache(Cache):
                 elements += sum(tensor.numel() for tensor in states)
                 host += held
                 exact += held  # the stock cache holds the same
-        rows["rope"] = self.rotary_states.held_bytes()
+        rows["rope"] = self.rotary_tables.held_bytes()
         rows["host layers"] = host
         return MemoryReport(
             tokens=self.get_seq_length(),
@@ -153,34 +149,34 @@ class PackedCache(Cache):
                 raise ValueError(f"layer {index} cannot be cut to {length} tokens: {error}; reset the cache") from error
         for layer in self.packed_layers:
             layer.truncate(length)
-        self.rotary_states.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
+        self.rotary_tables.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers: `crop(-k)` removes the newest `k` tokens."""
         super().crop(tokens_to_remove)
-        self.rotary_states.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
+        self.rotary_tables.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.rotary_states.tables.clear()
+        self.rotary_tables.by_kind.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes the old row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.rotary_states.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.rotary_tables.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
-        self.rotary_states.map(
+        self.rotary_tables.map(
             lambda tensor: tensor[indices.to(tensor.device) if isinstance(indices, Tensor) else indices]
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self.rotary_states.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self.rotary_tables.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -206,10 +202,10 @@ class PackedCache(Cache):
             # latent attention caches other tensors than its heads: asked at its first update
             if module is None or hasattr(module, "kv_lora_rank"):
                 continue
-            config = module.config
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            formats = self.strategy.formats(LayerSpec(layer.index, len(self.layers), heads, head_dim, head_dim))
+            spec = _declared_shape(module, model.config.get_text_config(decoder=True), layer.index, len(self.layers))
+            formats = self.strategy.formats(spec)
+            if formats is not None:
+                formats.require_fitting(spec.head_dim, spec.value_dim)
             layer.before_rope = formats is not None and formats.key.rope == "pre"
             if layer.before_rope and "position_embeddings" not in inspect.signature(type(module).forward).parameters:
                 raise ValueError(
@@ -226,6 +222,16 @@ class PackedCache(Cache):
                 f"an earlier forward was interrupted: layers {behind} hold {shortest} tokens, others "
                 f"{max(lengths.values())}. Call cache.truncate({shortest}) to drop what was half written"
             )
+
+
+def _declared_shape(module: Any, config: Any, index: int, layers: int) -> LayerSpec:
+    """What a module says of its heads; the tensors that arrive may be fewer (tensor parallelism), never others."""
+    config = getattr(module, "config", config)
+    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    projection = getattr(module, "k_proj", None)
+    heads = getattr(projection, "out_features", 0) // head_dim or getattr(module, "num_key_value_heads", None)
+    return LayerSpec(index, layers, heads or config.num_attention_heads, head_dim, head_dim)
 
 
 def _layer_index(index: int, layers: int) -> int:

@@ -65,6 +65,20 @@ class LazyStates(Tensor):
         LazyStates.dequantized += 1
         return torch.cat([self.layer.dequantize(self.side, self.start), self.rotated_exact()], dim=2)
 
+    def _for_others(self) -> Tensor:
+        """`materialize` for code that is not our attention, which cannot know what the handle left undone."""
+        if self.layer.awaits_query:
+            raise ValueError(
+                f"keys before RoPE are not supported here: layer {self.layer.index} uses its keys before attention is "
+                "called. Use a strategy that stores keys after RoPE"
+            )
+        if self.exact.requires_grad:
+            raise RuntimeError(
+                "gradients do not flow through the keys and values of a packed cache outside its own attention "
+                "function; wrap the forward in torch.no_grad()"
+            )
+        return self.materialize()
+
     def rotated_exact(self) -> Tensor:
         """The exact part, keys after RoPE."""
         return self.layer.rotated(self.exact, self.start) if self.side == "key" else self.exact
@@ -74,5 +88,5 @@ class LazyStates(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(LazyStates, LazyStates.materialize, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(LazyStates, LazyStates._for_others, (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -1,10 +1,10 @@
 """One layer of the packed cache: sinks, packed blocks and exact tail."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
@@ -17,7 +17,7 @@ from ..store import ExactTail, PackedStore
 from .compat import tokens_to_keep
 from .handles import LazyStates
 from .masks import Visibility, key_validity
-from .rope import RotaryFunction, RotaryStates, RotaryTable
+from .rope import RotaryTable, RotaryTables, Rotate
 from .segments import attend_packed
 
 # encoding works on this many numbers at a time, so that a long prompt needs no float32 copy of itself
@@ -34,12 +34,14 @@ _NOT_ATTACHED = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
+class CacheOptions(BaseModel):
     """What the cache keeps exact, whatever the strategy."""
 
-    residual_length: int
-    sink_tokens: int
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    residual_length: int = Field(default=128, ge=0, description="Newest tokens that are always exact.")
+    sink_tokens: int = Field(default=0, ge=0, le=128, description="First real tokens of each row kept exact.")
+    skip_layers: tuple[int, ...] = Field(default=(), description="Layers kept exact; negative counts from the last.")
 
 
 class Chunk(NamedTuple):
@@ -65,10 +67,10 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, strategy: CacheQuantizer, index: int, layers: int, options: Options, rotary_states: RotaryStates
+        self, strategy: CacheQuantizer, index: int, layers: int, options: CacheOptions, rotary_tables: RotaryTables
     ) -> None:
         super().__init__()
-        self.strategy, self.index, self.options, self.rotary_states = strategy, index, options, rotary_states
+        self.strategy, self.index, self.options, self.rotary_tables = strategy, index, options, rotary_tables
         self.before_rope = False
         """Whether this layer expects keys before RoPE; set by the cache, which knows the module."""
         self._layers = layers
@@ -82,7 +84,7 @@ class PackedLayer(CacheLayerMixin):
         self.tails: dict[Side, ExactTail] = {}
         self.sinks = Sinks(self.options.sink_tokens)
         self._mask: Tensor | None = None
-        self._rotary: RotaryFunction | None = None
+        self._rotary: Rotate | None = None
         self._table: RotaryTable | None = None
         self._query_angles: tuple[Tensor, Tensor] | None = None
         self._query_owner: int | None = None
@@ -101,6 +103,7 @@ class PackedLayer(CacheLayerMixin):
             )
         if not key_states.is_floating_point():
             raise ValueError(f"layer {self.index}: keys are {key_states.dtype}; a cache holds floating-point states")
+        formats.require_fitting(spec.head_dim, spec.value_dim)
         self.tables = {side: self.strategy.tables(spec, side).to(key_states.device) for side in SIDES}
         self.formats: LayerFormat = formats
         self.kv_heads, self.head_dim, self.value_dim = spec.kv_heads, spec.head_dim, spec.value_dim
@@ -122,8 +125,8 @@ class PackedLayer(CacheLayerMixin):
         start = self.packed_tokens
         with torch.no_grad():
             exact = self._store(key_states.detach(), value_states.detach())
-        if exact["key"].shape[2] == key_states.shape[2]:
-            exact = {"key": key_states, "value": value_states}  # the first forward, through which gradients may flow
+        new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
+        exact = {side: _with_gradients(states, new[side]) for side, states in exact.items()}
         self.version += 1
         self._mask, self._rope_noted = None, False
         return LazyStates(self, "key", start, exact["key"]), LazyStates(self, "value", start, exact["value"])
@@ -188,6 +191,8 @@ class PackedLayer(CacheLayerMixin):
 
         A cut inside a packed block decodes the rest of that block into the tail, where it is packed again later.
         """
+        if length < 0:
+            raise ValueError(f"truncate({length}): a cache keeps 0 or more tokens; crop(-k) removes the newest k")
         if length >= self.get_seq_length():
             return
         self.version += 1
@@ -198,7 +203,7 @@ class PackedLayer(CacheLayerMixin):
         blocks, rest = divmod(length, self.formats.block)
         packed = self.packed_tokens
         for side in SIDES:
-            cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.dtype)
+            cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.tails[side].dtype)
             self.sinks.restore(cut, side, blocks * self.formats.block, packed)
             self.tails[side].replace(cut[:, :, :rest])
             self.stores[side].truncate(blocks)
@@ -246,12 +251,12 @@ class PackedLayer(CacheLayerMixin):
         key = self.sinks.states["key"]
         if self.formats.key.rope == "pre":
             rotary, table = self._require_rope()
-            key = rotary(key, *table.read_at(positions.clamp(max=packed - 1), key.dtype))
+            key = rotary(key, *table.read_at(positions.clamp(max=packed - 1)))
         return positions.clamp(max=packed - 1), present, key, self.sinks.states["value"]
 
     def dequantize(self, side: Side, packed: int) -> Tensor:
         """The first `packed` tokens of one side, all in packed blocks, dense in the model's dtype, keys after RoPE."""
-        states = self._decode(self.stores[side].read(0, packed // self.formats.block), side, self.dtype)
+        states = self._decode(self.stores[side].read(0, packed // self.formats.block), side, self.tails[side].dtype)
         self.sinks.restore(states, side, 0, packed)
         return self.rotated(states, 0) if side == "key" else states
 
@@ -261,16 +266,16 @@ class PackedLayer(CacheLayerMixin):
         """The attention mask of the coming forward: which tokens are padding decides statistics and sinks."""
         self._mask = mask
 
-    def note_rope(self, owner: nn.Module, rotary: RotaryFunction, table: RotaryTable, cos: Tensor, sin: Tensor) -> None:
+    def note_rope(self, owner: nn.Module, rotary: Rotate, table: RotaryTable, cos: Tensor, sin: Tensor) -> None:
         """The true position embeddings of the coming forward, for a format that stores keys before RoPE."""
         self._rotary, self._table = rotary, table
         self._query_angles, self._query_owner = (cos, sin), id(owner)
         self._rope_noted = True
 
     @property
-    def rotary(self) -> RotaryFunction | None:
-        """The model's rotary function, once it has been probed."""
-        return self._rotary
+    def awaits_query(self) -> bool:
+        """Whether the query of this forward still has to be rotated."""
+        return self._query_angles is not None
 
     def rotated_query(self, query: Tensor, module: nn.Module) -> Tensor:
         """`query` after RoPE; only the module that was given identity embeddings still needs it."""
@@ -278,14 +283,14 @@ class PackedLayer(CacheLayerMixin):
             return query
         cos, sin = self._query_angles
         self._query_angles = self._query_owner = None  # of this forward alone
-        return self._rotary(query, cos.to(query.dtype), sin.to(query.dtype))
+        return self._rotary(query, cos, sin)
 
     def rotated(self, key: Tensor, start: int) -> Tensor:
         """Stored keys `[batch, kv_heads, n, head_dim]` of the tokens from `start` on, after RoPE."""
         if self.formats.key.rope == "post" or not key.shape[2]:
             return key
         rotary, table = self._require_rope()
-        return rotary(key, *table.read(start, start + key.shape[2], key.dtype))
+        return rotary(key, *table.read(start, start + key.shape[2]))
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 
@@ -411,7 +416,7 @@ class PackedLayer(CacheLayerMixin):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return quantize.decode(packed, fmt, side, dim, self.formats.block, self.tables[side], wide).to(dtype)
 
-    def _require_rope(self) -> tuple[RotaryFunction, RotaryTable]:
+    def _require_rope(self) -> tuple[Rotate, RotaryTable]:
         if self._rotary is None or self._table is None:
             raise RuntimeError(_NOT_ATTACHED.format(self.index))
         return self._rotary, self._table
@@ -424,3 +429,10 @@ class PackedLayer(CacheLayerMixin):
             buffer.map(change)
         self.sinks = self.sinks.map(change)
         self._mask = None
+
+
+def _with_gradients(held: Tensor, new: Tensor) -> Tensor:
+    """`held` states, whose newest tokens are `new`, with the graph of `new`: earlier tokens are constants."""
+    if not (torch.is_grad_enabled() and new.requires_grad):
+        return held
+    return torch.cat([held[:, :, : held.shape[2] - new.shape[2]], new], dim=2)

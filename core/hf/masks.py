@@ -27,8 +27,9 @@ def attention_mask(
     if plain and not isinstance(q_offset, Tensor) and q_offset + q_length == kv_length:
         if attention_mask is None or bool(attention_mask.all()):
             return None
-        padding = attention_mask[:, -kv_length:].bool()
-        return torch.nn.functional.pad(padding, (0, kv_length - padding.shape[-1]), value=True)
+        # where it has another length than the cache, as transformers' own masks read it
+        padding = attention_mask[:, :kv_length].bool()
+        return torch.nn.functional.pad(padding, (0, kv_length - padding.shape[-1]), value=False)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -43,11 +44,17 @@ def attention_mask(
 
 
 def key_validity(mask: Tensor | None) -> Tensor | None:
-    """Which cached tokens are real: bool `[batch, keys]`, or None if all are."""
+    """Which cached tokens are real: bool `[batch, keys]`, or None if all are, or if the mask does not tell.
+
+    A full mask tells only where all tokens are queries: one that hides old tokens from new ones does not make them
+    padding.
+    """
     if mask is None or mask.ndim == 2:
         return mask
-    visible = mask if mask.dtype == torch.bool else mask >= 0
-    return visible[:, 0].any(dim=-2)
+    if mask.shape[-1] != mask.shape[-2]:
+        return None
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return visible.any(dim=-2).any(dim=1)
 
 
 class Visibility:
@@ -58,6 +65,11 @@ class Visibility:
     """
 
     def __init__(self, mask: Tensor | None, queries: int, keys: int, device: torch.device) -> None:
+        if mask is not None and mask.dtype != torch.bool and (mask.ndim == 2 or not mask.is_floating_point()):
+            raise ValueError(
+                f"an attention mask of {mask.ndim} dimensions and {mask.dtype} is ambiguous; "
+                "pass bool (False hides) or, with 4 dimensions, floats to be added"
+            )
         self._mask, self._queries, self._keys, self._device = mask, queries, keys, device
 
     def hide(self, scores: Tensor, start: int) -> Tensor:
@@ -77,7 +89,10 @@ class Visibility:
             heads, queries = self._mask.shape[1:3]
             index = positions[:, None, None].expand(-1, heads, queries, -1)
             return _apply(scores, self._mask.expand(len(positions), -1, -1, -1).gather(-1, index))
-        return scores.masked_fill(positions[:, None, None, None] > self._last_seen(), -torch.inf)
+        hidden = positions[:, None, None, None] > self._last_seen()
+        if self._mask is not None:
+            hidden = hidden | ~self._mask.expand(len(positions), -1).gather(1, positions)[:, None, None, None]
+        return scores.masked_fill(hidden, -torch.inf)
 
     def tile(self, start: int, stop: int) -> "Visibility":
         """The same for queries `[start, stop)` and keys `[0, stop)`, where queries and keys are the same tokens."""

@@ -44,7 +44,7 @@ def save(cache: "PackedCache", path: str | os.PathLike[str]) -> None:
         else:
             layers.append({"host": _freeze(vars(layer), f"{index}.host", tensors)})
     tables = []
-    for (kind, _), table in cache.rotary_states.tables.items():
+    for (kind, _), table in cache.rotary_tables.by_kind.items():
         tensors.update({f"rope.{len(tables)}.{name}": tensor for name, tensor in table.tensors().items()})
         tables.append({"kind": kind, "halved": table.halved})
     header = _Header(
@@ -104,16 +104,24 @@ def _fill(
         # every device that serves this kind of layer needs the table
         for device in {devices.get(layer.index, default) for layer in cache.packed_layers}:
             named = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
-            cache.rotary_states.tables[(saved["kind"], str(device))] = RotaryTable.restore(named, saved["halved"])
+            cache.rotary_tables.by_kind[(saved["kind"], str(device))] = RotaryTable.restore(named, saved["halved"])
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
     """What makes cached states of one model useless to another: its shape, its RoPE, a hash of some weights."""
     config = model.config.get_text_config(decoder=True)
-    named = {name: getattr(config, name, None) for name in _IDENTITY}
+    named = {name: _attribute(config, name) for name in _IDENTITY}
     named["weights"] = _fingerprint(model.get_input_embeddings())
     # as JSON sees it, so that it compares equal after a round trip
     return json.loads(json.dumps(named, default=str))
+
+
+def _attribute(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        # configurations with settings per layer refuse to name one for all, with an error of their own
+        return None
 
 
 def _fingerprint(embeddings: nn.Module) -> str | None:
@@ -124,8 +132,11 @@ def _fingerprint(embeddings: nn.Module) -> str | None:
 
 
 def _describe(strategy: CacheQuantizer) -> dict[str, Any]:
-    settings = strategy.model_dump(mode="json") if isinstance(strategy, BaseModel) else {"repr": repr(strategy)}
-    return {"name": strategy.name, **settings}
+    if not isinstance(strategy, BaseModel):
+        raise TypeError(
+            f"a cache of {strategy!r} cannot be saved or loaded: its settings are unknown; derive it from Strategy"
+        )
+    return {"name": strategy.name, **strategy.model_dump(mode="json")}
 
 
 class _Header(BaseModel):
@@ -180,7 +191,7 @@ def _freeze(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"device": None}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
-    raise TypeError(f"the cache cannot be saved: {name} holds a {type(value).__name__}")
+    raise TypeError(f"{name} holds a {type(value).__name__}, which a cache file cannot keep; run the prompt again")
 
 
 def _thaw(frozen: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Any:

@@ -7,6 +7,7 @@ the model's function is found in its module and must pass a bitwise probe.
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from ..store import ExactTail
 
 Slice = Literal["full", "leading", "trailing"]
+
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(states [batch, heads, tokens, head_dim], cos, sin [batch or 1, tokens, dims])` to rotated states."""
 
 Project = Callable[[Tensor, Tensor], Tensor]
 """Runs the attention module on its first tokens with the given cos and sin; returns the keys it hands to the cache."""
@@ -44,18 +48,29 @@ class RotaryFunction:
         return self._function(no_queries, states, cos, sin)[1]
 
 
-def find_rotary_function(module: nn.Module, cos: Tensor, sin: Tensor, project: Project) -> RotaryFunction:
-    """The rotary function of an attention module, proven on `project` with random angles.
+_found: "weakref.WeakKeyDictionary[nn.Module, Rotate]" = weakref.WeakKeyDictionary()
+
+
+def find_rotary_function(module: nn.Module, cos: Tensor, sin: Tensor, project: Project) -> Rotate:
+    """The rotary function of an attention module, proven on `project` with random angles, once per module.
 
     cos, sin: `[batch, tokens, dims]`, only for their shape and dtype: position 0 would not rotate at all.
 
     Raises ValueError when no variant reproduces the module's keys bitwise.
     """
+    if module not in _found:
+        _found[module] = _probe(module, cos, sin, project)
+    return _found[module]
+
+
+def _probe(module: nn.Module, cos: Tensor, sin: Tensor, project: Project) -> Rotate:
     generator = torch.Generator().manual_seed(0)
     angles = torch.rand(cos.shape, generator=generator) * 6.0
     probe_cos, probe_sin = angles.cos().to(cos), angles.sin().to(sin)
     plain = project(torch.ones_like(cos), torch.zeros_like(sin))
     rotated = project(probe_cos, probe_sin)
+    if torch.equal(plain, rotated):
+        return _no_rotation  # some layers of some models have no positions
     function = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     parts: tuple[Slice, ...] = ("full", "leading", "trailing") if function is not None else ()
     for part in parts:
@@ -69,6 +84,10 @@ def find_rotary_function(module: nn.Module, cos: Tensor, sin: Tensor, project: P
         f"keys before RoPE are not supported for {type(module).__name__}: its rotary embedding could not be reproduced "
         "bitwise. Use a strategy that stores keys after RoPE (rope='post')"
     )
+
+
+def _no_rotation(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return states
 
 
 class RotaryTable:
@@ -99,7 +118,7 @@ class RotaryTable:
             return  # the first layer of this forward has stored them
         if self.length != past:
             raise RuntimeError(f"the rotary table holds {self.length} tokens, the cache {past}; reset the cache")
-        if cos.shape[0] > 1 and bool((cos == cos[:1]).all()):
+        if cos.shape[0] > 1 and bool((cos == cos[:1]).all() and (sin == sin[:1]).all()):
             cos, sin = cos[:1], sin[:1]
         halves = cos.shape[-1] % 2 == 0 and all(torch.equal(*t.chunk(2, dim=-1)) for t in (cos, sin))
         if self._halved and not halves:
@@ -108,13 +127,13 @@ class RotaryTable:
             cos, sin = (t.chunk(2, dim=-1)[0] for t in (cos, sin))
         self._cos, self._sin = _extend(self._cos, cos), _extend(self._sin, sin)
 
-    def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[batch or 1, stop - start, dims]`."""
-        return self._pair(lambda held: held[:, start:stop], dtype)
+        return self._pair(lambda held: held[:, start:stop])
 
-    def read_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def read_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[batch, n, dims]` of the tokens `positions [batch, n]`."""
-        return self._pair(lambda held: _rows_at(held, positions), dtype)
+        return self._pair(lambda held: _rows_at(held, positions))
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
@@ -150,10 +169,10 @@ class RotaryTable:
             table._cos, table._sin = (_extend(None, tensors[name][:, 0]) for name in ("cos", "sin"))
         return table
 
-    def _pair(self, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _pair(self, pick: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         if self._cos is None or self._sin is None:
             raise RuntimeError("the rotary table is empty; reset the cache and run the prompt again")
-        cos, sin = (pick(tail.read()[:, 0]).to(dtype) for tail in (self._cos, self._sin))
+        cos, sin = (pick(tail.read()[:, 0]) for tail in (self._cos, self._sin))
         return (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)) if self._halved else (cos, sin)
 
     def _tails(self) -> list[ExactTail]:
@@ -165,37 +184,29 @@ class RotaryTable:
         self._halved = False
 
 
-class RotaryStates:
-    """All that a cache holds for keys before RoPE: the probed functions, and one table per kind of layer and device."""
+class RotaryTables:
+    """The tables of a cache: one per kind of layer and device, shared by its layers."""
 
     def __init__(self) -> None:
-        self.functions: dict[tuple[type[nn.Module], int], RotaryFunction] = {}
-        self.tables: dict[tuple[str, str], RotaryTable] = {}
+        self.by_kind: dict[tuple[str, str], RotaryTable] = {}
 
-    def table(self, kind: str, device: torch.device) -> RotaryTable:
+    def get(self, kind: str, device: torch.device) -> RotaryTable:
         """The table of one kind of layer on one device."""
-        return self.tables.setdefault((kind, str(device)), RotaryTable())
-
-    def function(self, module: nn.Module, dims: int, find: Callable[[], RotaryFunction]) -> RotaryFunction:
-        """The rotary function of an attention class, probed once."""
-        key = (type(module), dims)
-        if key not in self.functions:
-            self.functions[key] = find()
-        return self.functions[key]
+        return self.by_kind.setdefault((kind, str(device)), RotaryTable())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
-        for table in self.tables.values():
+        for table in self.by_kind.values():
             table.truncate(length)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension."""
-        for table in self.tables.values():
+        for table in self.by_kind.values():
             table.map(change)
 
     def held_bytes(self) -> int:
         """Bytes of the storages."""
-        return sum(table.held_bytes() for table in self.tables.values())
+        return sum(table.held_bytes() for table in self.by_kind.values())
 
 
 def _rows_at(held: Tensor, positions: Tensor) -> Tensor:

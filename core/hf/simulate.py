@@ -65,6 +65,9 @@ class _SimulatedLayer(PackedLayer):
     def get_seq_length(self) -> int:
         return self.tails["key"].length if self.is_initialized else 0
 
+    def truncate(self, length: int) -> None:
+        raise RuntimeError("a SimulatedCache serves one forward over whole sequences and cannot be cut")
+
     def reads_packed(self, key: LazyStates) -> bool:
         return True
 

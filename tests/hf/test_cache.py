@@ -537,7 +537,9 @@ def test_rows_moved_in_inference_mode_serve_outside_of_it(model, strategy, fill,
 
 
 def test_group_that_does_not_divide_a_head_is_reported_at_construction(model):
-    with pytest.raises(ValueError, match=r"group_size=24 does not divide head_dim=32; use one of \[8, 16, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"a group of 24 channels does not divide head_dim=32; use one of \[8, 16, 32\]"
+    ):
         PackedCache(model, Uniform(group_size=24))
     assert hooks(model) == 0
 
@@ -549,7 +551,7 @@ def test_bits_that_are_not_offered_name_those_that_are(bits):
 
 
 def test_something_that_is_no_strategy_is_named(model):
-    with pytest.raises(TypeError, match=r"strategy must be a CacheQuantizer such as .*got 'uniform'"):
+    with pytest.raises(TypeError, match=r"strategy must be an instance of a CacheQuantizer, such as .*got 'uniform'"):
         PackedCache(model, "uniform")
 
 
