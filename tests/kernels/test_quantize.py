@@ -375,7 +375,7 @@ def test_bytes_of_a_layer_are_those_of_both_sides():
 
 def test_group_that_does_not_divide_the_head_names_those_that_do():
     with pytest.raises(
-        ValueError, match=r"group_size=24 does not divide head_dim=80; use one of \[8, 10, 16, 20, 40, 80\]"
+        ValueError, match=r"a group of 24 channels does not divide head_dim=80; use one of \[8, 10, 16, 20, 40, 80\]"
     ):
         Format(group=24).groups(80)
 
