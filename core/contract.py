@@ -268,7 +268,10 @@ def check_reset_and_copies_share_nothing(strategy: CacheQuantizer) -> None:
         cache.reset()
         _require(cache.get_seq_length() == 0 and cache.memory().elements == 0, strategy, "reset to empty the cache")
         again = model(tokens[:, -1:], past_key_values=twin).logits
+        _stream(model, cache, tokens, _block(strategy), 41)
+        refilled = model(tokens[:, -1:], past_key_values=cache).logits
     _require(torch.equal(expected, again), strategy, "a deep copy to be unaffected by the original")
+    _require(bool((expected - refilled).abs().max() <= 1e-4), strategy, "a reset cache to behave like a new one")
 
 
 def check_saved_caches_resume(strategy: CacheQuantizer) -> None:
@@ -286,7 +289,7 @@ def check_saved_caches_resume(strategy: CacheQuantizer) -> None:
 
 
 def check_memory_counts_every_byte(strategy: CacheQuantizer) -> None:
-    """The rows of the memory report add up, and to no more than an exact cache plus its exact segments."""
+    """The rows of the memory report add up, and count all that the stores and tails hold."""
     model = _model()
     cache, _ = _filled(model, strategy)
     report = cache.memory()

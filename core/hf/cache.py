@@ -149,12 +149,12 @@ class PackedCache(Cache):
                 raise ValueError(f"layer {index} cannot be cut to {length} tokens: {error}; reset the cache") from error
         for layer in self.packed_layers:
             layer.truncate(length)
-        self.rotary_tables.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
+        self._cut_rotary_tables()
 
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers: `crop(-k)` removes the newest `k` tokens."""
         super().crop(tokens_to_remove)
-        self.rotary_tables.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
+        self._cut_rotary_tables()
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -212,6 +212,9 @@ class PackedCache(Cache):
                     f"{self.strategy!r} stores keys before RoPE, but {type(module).__name__} takes no "
                     "position_embeddings (cos, sin); use a strategy that stores keys after RoPE"
                 )
+
+    def _cut_rotary_tables(self) -> None:
+        self.rotary_tables.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))
 
     def _require_aligned(self, packed: list[PackedLayer]) -> None:
         lengths = {layer.index: layer.get_seq_length() for layer in packed}
