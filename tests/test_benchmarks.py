@@ -410,7 +410,7 @@ def test_bench_measures_a_model_and_its_twin(folder, tmp_path):
     assert board["protocol"]["length"] == 416
     assert len(board["models"][0]["weights_sha256"]) == 64
     assert str(folder) not in json.dumps(board)
-    assert "group_size=24 does not divide head_dim=32" in " ".join(result.output.split())
+    assert "a group of 24 channels does not divide head_dim=32" in " ".join(result.output.split())
 
 
 def test_an_interrupted_bench_keeps_what_it_measured(folder, tmp_path, monkeypatch):
