@@ -397,9 +397,9 @@ def _dense_attention(layer: Any) -> Callable[..., Tensor]:
     """What `PackedLayer.attend` must equal: plain attention over dequantized states."""
     from ..kernels.attention import attend_reference
 
-    def attend(query: Tensor, key: Any, value: Any, visibility: Any, scaling: float, *unused: Any) -> Tensor:
+    def attend(query: Tensor, key: Any, value: Any, scoring: Any) -> Tensor:
         rows = query.float().unflatten(1, (layer.kv_heads, -1)).flatten(2, 3)
-        output = attend_reference(rows, key.materialize().float(), value.materialize().float(), scaling)
+        output = attend_reference(rows, key.materialize().float(), value.materialize().float(), scoring.scaling)
         return output.reshape(query.shape).to(query.dtype)
 
     return attend

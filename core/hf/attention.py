@@ -7,10 +7,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from ...kernels.attention import finish
 from .handles import LazyStates
 from .masks import Visibility, attention_mask
-from .segments import dense_segment, fold, sink_rows, unfold
+from .segments import Scoring, dense_segment, fold
 
 IMPLEMENTATION = "cachequant"
 
@@ -42,6 +41,7 @@ def attention_forward(
         raise ValueError(f"{type(module).__name__} passes {foreign} to attention, which a packed cache cannot honour")
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     visibility = Visibility(attention_mask, query.shape[2], key.shape[2], query.device)
+    scoring = Scoring(visibility, scaling, softcap, s_aux)
     if isinstance(key, LazyStates) and isinstance(value, LazyStates):
         key.require_current()
         layer = key.layer
@@ -51,7 +51,7 @@ def attention_forward(
         else:
             if dropout:
                 raise ValueError(f"dropout={dropout} cannot be applied over packed keys; call model.eval()")
-            output = layer.attend(query, key, value, visibility, scaling, softcap, s_aux)
+            output = layer.attend(query, key, value, scoring)
             return output.transpose(1, 2).contiguous(), None
     elif isinstance(key, LazyStates) or isinstance(value, LazyStates):
         # the model has already used one of the two (multi-head latent attention builds keys from both)
@@ -63,8 +63,8 @@ def attention_forward(
     if dropout:
         raise ValueError(f"dropout={dropout} with softcap or learned sinks is not supported; set attention_dropout=0")
     rows = fold(query, key.shape[1], scaling)
-    partial = dense_segment(rows, key, value, visibility, 0, query.shape[2], softcap)
-    return unfold(finish(partial, sink_rows(s_aux, key.shape[1], query.shape[2])), query).transpose(1, 2), None
+    partial = dense_segment(rows, key, value, 0, query.shape[2], scoring)
+    return scoring.finish(partial, key.shape[1], query).transpose(1, 2), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -16,9 +16,9 @@ from ..sinks import Sinks
 from ..store import ExactTail, PackedStore
 from .compat import tokens_to_keep
 from .handles import LazyStates
-from .masks import Visibility, key_validity
+from .masks import key_validity
 from .rope import RotaryTable, RotaryTables, Rotate
-from .segments import attend_packed
+from .segments import Scoring, attend_packed
 
 # encoding works on this many numbers at a time, so that a long prompt needs no float32 copy of itself
 ENCODE_NUMBERS = 1 << 22
@@ -210,18 +210,9 @@ class PackedLayer(CacheLayerMixin):
 
     # ---- what attention reads --------------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: LazyStates,
-        value: LazyStates,
-        visibility: Visibility,
-        scaling: float,
-        softcap: float | None,
-        s_aux: Tensor | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
         """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
-        return attend_packed(query, key, value, visibility, scaling, softcap, s_aux)
+        return attend_packed(query, key, value, scoring)
 
     def reads_packed(self, key: LazyStates) -> bool:
         """Whether attention has to read packed blocks, or finds all it may see exact."""

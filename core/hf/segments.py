@@ -1,6 +1,6 @@
 """Attention over a packed layer: sinks, packed chunks and exact tail, each a partial result, merged."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,32 +17,49 @@ if TYPE_CHECKING:
 CHUNK_NUMBERS = 1 << 20
 
 
-def attend_packed(
-    query: Tensor,
-    key: LazyStates,
-    value: LazyStates,
-    visibility: Visibility,
-    scaling: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
+class Scoring(NamedTuple):
+    """What a forward makes of its dot products."""
+
+    visibility: Visibility
+    scaling: float
+    softcap: float | None = None
+    """Scores are bounded to `(-softcap, softcap)` (gemma2)."""
+    s_aux: Tensor | None = None
+    """Logits of learned sinks, `[query_heads]` (gpt-oss)."""
+
+    def scores(self, rows: Tensor, key: Tensor, queries: int) -> Tensor:
+        """`[batch, kv_heads, query_heads_per_kv_head, queries, keys]` of folded rows, nothing hidden yet."""
+        return self.cap((rows @ key.to(rows.dtype).transpose(-1, -2)).unflatten(2, (-1, queries)))
+
+    def cap(self, scores: Tensor) -> Tensor:
+        """Scores within the softcap, if there is one."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def finish(self, partial: Partial, kv_heads: int, query: Tensor) -> Tensor:
+        """Normalised output `[batch, query_heads, queries, value_dim]` in the query's dtype."""
+        sink = self.s_aux
+        if sink is not None:
+            sink = sink.reshape(kv_heads, -1, 1).expand(-1, -1, query.shape[2]).flatten(1)
+        return finish(partial, sink).reshape(*query.shape[:3], partial.mix.shape[-1]).to(query.dtype)
+
+
+def attend_packed(query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
     """Attention of `query [batch, query_heads, queries, head_dim]` over sinks, packed blocks and the exact tokens.
 
     key, value: handles with something packed. Packed blocks are walked in chunks, so no dequantized copy of the cache
     ever exists.
     """
     layer, queries = key.layer, query.shape[2]
-    rows = fold(query, layer.kv_heads, scaling)
-    total = _packed_segment(layer, key.start, rows, visibility, queries, softcap)
+    rows = fold(query, layer.kv_heads, scoring.scaling)
+    total = _packed_segment(layer, key.start, rows, queries, scoring)
     sinks = layer.present_sinks(key.start)
     if sinks is not None:
         positions, present, sink_key, sink_value = sinks
-        scores = capped(_scores(rows, sink_key, queries), softcap)
-        scores = visibility.hide_at(scores, positions).masked_fill(~present[:, None, None, None], -torch.inf)
+        scores = scoring.scores(rows, sink_key, queries)
+        scores = scoring.visibility.hide_at(scores, positions).masked_fill(~present[:, None, None, None], -torch.inf)
         total = merge(total, dense_partial(scores.flatten(2, 3), sink_value.to(rows.dtype)))
-    exact = dense_segment(rows, key.rotated_exact(), value.exact, visibility, key.start, queries, softcap)
-    total = merge(total, exact)
-    return unfold(finish(total, sink_rows(s_aux, layer.kv_heads, queries)), query)
+    exact = dense_segment(rows, key.rotated_exact(), value.exact, key.start, queries, scoring)
+    return scoring.finish(merge(total, exact), layer.kv_heads, query)
 
 
 def fold(query: Tensor, kv_heads: int, scaling: float) -> Tensor:
@@ -51,27 +68,13 @@ def fold(query: Tensor, kv_heads: int, scaling: float) -> Tensor:
     return (query.to(dtype) * scaling).reshape(query.shape[0], kv_heads, -1, query.shape[-1])
 
 
-def unfold(rows: Tensor, query: Tensor) -> Tensor:
-    """The inverse of `fold` for outputs: `[batch, query_heads, queries, value_dim]` in the query's dtype."""
-    return rows.reshape(*query.shape[:3], rows.shape[-1]).to(query.dtype)
-
-
-def sink_rows(s_aux: Tensor | None, kv_heads: int, queries: int) -> Tensor | None:
-    """Learned sink logits `[query_heads]` per row: `[kv_heads, R]`."""
-    return None if s_aux is None else s_aux.reshape(kv_heads, -1, 1).expand(-1, -1, queries).flatten(1)
-
-
-def dense_segment(
-    rows: Tensor, key: Tensor, value: Tensor, visibility: Visibility, start: int, queries: int, softcap: float | None
-) -> Partial:
+def dense_segment(rows: Tensor, key: Tensor, value: Tensor, start: int, queries: int, scoring: Scoring) -> Partial:
     """Partial over exact keys and values, the first of which is token `start`."""
-    scores = visibility.hide(capped(_scores(rows, key, queries), softcap), start)
+    scores = scoring.visibility.hide(scoring.scores(rows, key, queries), start)
     return dense_partial(scores.flatten(2, 3), value.to(rows.dtype))
 
 
-def _packed_segment(
-    layer: "PackedLayer", packed: int, rows: Tensor, visibility: Visibility, queries: int, softcap: float | None
-) -> Partial:
+def _packed_segment(layer: "PackedLayer", packed: int, rows: Tensor, queries: int, scoring: Scoring) -> Partial:
     """Partial over the first `packed` tokens, all of them in packed blocks."""
     formats = layer.formats
     rotated = formats.key.packed and formats.key.rotation == "hadamard"
@@ -85,7 +88,7 @@ def _packed_segment(
             scores = packed_scores(packed_rows, chunk.key, formats.key, formats.block, layer.tables["key"])
         else:
             scores = rows @ layer.decode_chunk(chunk, "key", rows.dtype).transpose(-1, -2)
-        scores = visibility.hide(capped(scores.unflatten(2, (-1, queries)), softcap), chunk.start)
+        scores = scoring.visibility.hide(scoring.cap(scores.unflatten(2, (-1, queries))), chunk.start)
         hidden = layer.sinks.covers(chunk.start, chunk.stop)
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None, None, None], -torch.inf)
@@ -99,13 +102,3 @@ def _packed_segment(
         total = partial if total is None else merge(total, partial)
     assert total is not None  # called only when blocks are held
     return unrotate(total, formats.value)
-
-
-def _scores(rows: Tensor, key: Tensor, queries: int) -> Tensor:
-    """`[batch, kv_heads, query_heads_per_kv_head, queries, keys]`."""
-    return (rows @ key.to(rows.dtype).transpose(-1, -2)).unflatten(2, (-1, queries))
-
-
-def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Scores bounded to `(-softcap, softcap)`, if there is one."""
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)

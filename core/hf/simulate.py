@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...kernels.attention import dense_partial, finish, merge
+from ...kernels.attention import dense_partial, merge
 from ...kernels.format import Side
 from ..protocol import CacheQuantizer
 from .cache import PackedCache
 from .handles import LazyStates
 from .layer import PackedLayer
-from .masks import Visibility, key_validity
-from .segments import capped, fold, sink_rows, unfold
+from .masks import key_validity
+from .segments import Scoring, fold
 
 QUERY_TILE = 256
 
@@ -85,17 +85,8 @@ class _SimulatedLayer(PackedLayer):
             self.tails[side].append(new)
         return states
 
-    def attend(
-        self,
-        query: Tensor,
-        key: LazyStates,
-        value: LazyStates,
-        visibility: Visibility,
-        scaling: float,
-        softcap: float | None,
-        s_aux: Tensor | None,
-    ) -> Tensor:
-        rows = fold(query, self.kv_heads, scaling).unflatten(2, (-1, query.shape[2]))
+    def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
+        rows = fold(query, self.kv_heads, scoring.scaling).unflatten(2, (-1, query.shape[2]))
         exact_key, exact_value = key.rotated_exact().to(rows.dtype), value.exact.to(rows.dtype)
         packed_key, packed_value = exact_key[:, :, :0], exact_value[:, :, :0]
         if self.packed_tokens:
@@ -107,7 +98,7 @@ class _SimulatedLayer(PackedLayer):
             packed = min(stop, self.packed_tokens)
             queries = stop - start
             band = torch.arange(stop, device=query.device) < self._packed_before(start, stop)[:, None]
-            seen = visibility.tile(start, stop)
+            seen = scoring.visibility.tile(start, stop)
             parts = []
             for keys, values, mask in (
                 (packed_key[:, :, :packed], packed_value[:, :, :packed], band[:, :packed]),
@@ -115,12 +106,11 @@ class _SimulatedLayer(PackedLayer):
             ):
                 if not keys.shape[2]:
                     continue
-                scores = (tile @ keys.transpose(-1, -2)).unflatten(2, (-1, queries))
-                scores = seen.hide(capped(scores, softcap), 0).masked_fill(~mask, -torch.inf)
+                scores = seen.hide(scoring.scores(tile, keys, queries), 0).masked_fill(~mask, -torch.inf)
                 parts.append(dense_partial(scores.flatten(2, 3), values))
             total = parts[0] if len(parts) == 1 else merge(*parts)
-            outputs.append(finish(total, sink_rows(s_aux, self.kv_heads, queries)).unflatten(2, (-1, queries)))
-        return unfold(torch.cat(outputs, dim=3).flatten(2, 3), query)
+            outputs.append(scoring.finish(total, self.kv_heads, query[:, :, start:stop]))
+        return torch.cat(outputs, dim=2)
 
     def _dequantized(self, side: Side, dtype: torch.dtype) -> Tensor:
         states = self._decode(self.stores[side].read(), side, dtype)
