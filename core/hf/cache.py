@@ -62,6 +62,11 @@ class PackedCache(Cache):
         )
         config = model.config.get_text_config(decoder=True)
         host = DynamicCache(config=config).layers
+        if not host:
+            raise ValueError(
+                f"transformers plans no cache layers for {type(model).__name__}; update it (older versions plan none "
+                "where num_kv_shared_layers is 0) or check the model's configuration"
+            )
         skipped = {_layer_index(index, len(host)) for index in self.options.skip_layers}
         # layers that borrow another layer's keys and values are never written
         borrowing = getattr(config, "num_kv_shared_layers", 0) or 0

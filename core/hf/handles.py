@@ -20,8 +20,8 @@ class LazyStates(Tensor):
     """The keys or values of one layer by shape, dtype and device, without storage.
 
     Our attention function reads `layer` and never touches the data. Any other operation on a handle (another
-    attention implementation, `repeat_kv`, the latent expansion of MLA) runs on the dequantized tensor: always right,
-    only slower.
+    attention implementation, `repeat_kv`, the latent expansion of MLA) runs on the dequantized tensor: right, only
+    slower. Where it could not be right, with a query that still has to be rotated or gradients to keep, it raises.
 
     start, exact: what this forward may read as packed, tokens `[0, start)`, and the exact states
         `[batch, kv_heads, length - start, dim]` of the others (keys as stored). Tokens that this forward packed are

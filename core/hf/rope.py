@@ -94,7 +94,7 @@ class RotaryTable:
     """cos and sin of every cached token, shared by the layers of one kind on one device.
 
     Kept in the model's dtype, as half the channels where both halves are equal, and as one row where all batch rows
-    are: about 1 % of a 4-bit cache.
+    are: 256 bytes per token for heads of 128 in bf16, beside 34,816 of a 4-bit cache of 32 layers with 8 kv heads.
     """
 
     def __init__(self) -> None:

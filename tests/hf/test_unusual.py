@@ -10,12 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from cachequant import registry
 from cachequant.core import Format, LayerFormat, PackedCache, SimulatedCache, Strategy, attach, detach
 from cachequant.core.hf.attach import is_attached
-from cachequant.core.hf.attention import IMPLEMENTATION
+from cachequant.core.hf.attention import IMPLEMENTATION, attention_forward
 from cachequant.core.hf.tiny import tiny_model
 
 PRE = "none:key_rope=pre,block=32"
 POST = "none:block=32"
 CLOSE = {"rtol": 0, "atol": 2e-5}
+KINDS = ["sliding_attention", "full_attention"] * 2
 
 
 def cache_of(model, spec=POST, **options):
@@ -220,3 +221,51 @@ def test_a_strategy_class_instead_of_an_instance_is_named():
 def test_a_model_of_which_nothing_can_be_packed_is_told():
     with pytest.warns(UserWarning, match="no layer of MistralForCausalLM can be packed"):
         cache_of(build("mistral", sliding_window=16))
+
+
+@pytest.mark.parametrize("spec", [POST, PRE])
+def test_settings_that_a_configuration_keeps_per_layer_are_no_obstacle(spec):
+    model = build("gemma4_text", num_hidden_layers=4, num_kv_shared_layers=2, sliding_window=16, layer_types=KINDS)
+    assert cache_of(model, spec).packed_layers
+    pieces = random_tokens(1, 60).split([50, 10], dim=1)
+    expected = run(copy.deepcopy(model), DynamicCache(config=model.config), *pieces)
+    torch.testing.assert_close(run(model, cache_of(model, spec), *pieces), expected, **CLOSE)
+
+
+def test_cutting_into_packed_blocks_keeps_the_dtype_of_either_side():
+    model = tiny_model()
+    cache = cache_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, cache, random_tokens(1, 60))
+        cache.crop(-20)
+        run(model, cache, random_tokens(1, 3))
+    assert cache.get_seq_length() == 43
+
+
+def test_a_strategy_whose_settings_are_unknown_is_not_saved(tmp_path):
+    inner = registry.parse("uniform")
+
+    class Bare:
+        name = "bare"
+        formats, tables, encode, decode = inner.formats, inner.tables, inner.encode, inner.decode
+
+    with pytest.raises(TypeError, match="derive it from Strategy"):
+        PackedCache(tiny_model(), Bare()).save(tmp_path / "cache.safetensors")
+
+
+@pytest.mark.parametrize("length", [55, 64])
+def test_padding_masks_of_another_length_are_read_as_transformers_reads_them(length):
+    tokens, mask = random_tokens(1, 60), torch.ones(1, length, dtype=torch.long)
+    mask[:, :10] = 0
+    model, stock = tiny_model(), tiny_model()
+    attach(model)
+    with torch.no_grad():
+        got, expected = (each(tokens, attention_mask=mask).logits[:, 10:] for each in (model, stock))
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "sinks", "indices", "block_indices"])
+def test_arguments_that_attention_cannot_honour_are_refused(name):
+    states = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=name):
+        attention_forward(tiny_model(), states, states, states, None, **{name: states})
