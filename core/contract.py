@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..kernels import quantize
 from ..kernels.format import LayerFormat, Side
+from ..kernels.quantize import Tables
 from .protocol import CacheQuantizer, LayerSpec, Strategy
 
 if TYPE_CHECKING:
@@ -300,7 +301,8 @@ def check_memory_counts_every_byte(strategy: CacheQuantizer) -> None:
         for store in (*layer.stores.values(), *layer.tails.values())
         for tensor in store.tensors()
     )
-    counted = sum(size for name, size in report.rows.items() if name not in ("sinks", "tables", "rope", "host layers"))
+    beside = ("sinks", "codebooks", "static scales", "rope", "host layers")
+    counted = sum(size for name, size in report.rows.items() if name not in beside)
     _require(held == counted, strategy, f"the memory report to count the {held} bytes held, got {counted}")
 
 
@@ -342,12 +344,15 @@ def _states(formats: LayerFormat, blocks: int = 2) -> Tensor:
 def _encode(strategy: CacheQuantizer, side: Side, states: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
     formats = strategy.formats(LAYER)
     assert formats is not None
-    tables = strategy.tables(LAYER, side)
-    return strategy.encode(states, getattr(formats, side), side, formats.block, valid, tables)
+    return strategy.encode(states, getattr(formats, side), side, formats.block, valid, _tables(strategy, side, formats))
+
+
+def _tables(strategy: CacheQuantizer, side: Side, formats: LayerFormat) -> Tables:
+    return strategy.tables(LAYER, side, _states(formats, blocks=1), None)
 
 
 def _decode(strategy: CacheQuantizer, side: Side, packed: dict[str, Tensor], formats: LayerFormat) -> Tensor:
-    fmt, tables = getattr(formats, side), strategy.tables(LAYER, side)
+    fmt, tables = getattr(formats, side), _tables(strategy, side, formats)
     if fmt.codes == "custom":
         return strategy.decode(packed, fmt, side, formats.block, tables)
     return quantize.decode(packed, fmt, side, LAYER.head_dim, formats.block, tables)

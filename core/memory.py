@@ -10,8 +10,9 @@ from torch import Tensor
 class MemoryReport(BaseModel):
     """Bytes held by a cache, one row per kind.
 
-    Printing it gives a table. `rows` maps a kind ("key codes", "value scales", "tail", "sinks", "rope", "tables",
-    "spare", "host layers") to bytes; the rows add up to `device_bytes + host_bytes`.
+    Printing it gives a table. `rows` maps a kind ("key codes", "value scales", "key outliers", "codebooks",
+    "static scales", "tail", "sinks", "rope", "spare", "host layers") to bytes; they add up to
+    `device_bytes + host_bytes`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -38,10 +38,11 @@ class CacheQuantizer(Protocol):
     object serves every layer, batch and thread. The cache keeps the sinks, the exact tail, the packed buffers and
     the masks, and calls, per layer:
 
-    1. `formats(layer)` once, before the first token is stored;
-    2. `tables(layer, side)` once, if the format reads a codebook or static scales;
-    3. `encode(...)` whenever `format.block` tokens leave the exact tail, oldest first;
-    4. `decode(...)` only for formats with `codes="custom"`; all other bytes are read by the shared kernels.
+    1. `require_model(model)` and `cache_options()` once, when the cache is made;
+    2. `formats(layer)` once, before the first token is stored;
+    3. `tables(...)` once, with the first block that is packed;
+    4. `encode(...)` whenever `format.block` tokens leave the exact tail, oldest first;
+    5. `decode(...)` only for formats with `codes="custom"`; all other bytes are read by the shared kernels.
 
     The shortest way to implement it is to derive from `Strategy` and write `formats`; a complete strategy is then::
 
@@ -57,6 +58,14 @@ class CacheQuantizer(Protocol):
     name: ClassVar[str]
     """The name users type: lower-case words joined by hyphens, unique among installed plugins."""
 
+    def require_model(self, model: "PreTrainedModel") -> None:
+        """Raise ValueError, saying what to do, unless the strategy is ready to serve `model`."""
+        ...
+
+    def cache_options(self) -> dict[str, Any]:
+        """The options of `PackedCache` that suit the strategy, such as `{"sink_tokens": 1}`; callers may override."""
+        ...
+
     def formats(self, layer: LayerSpec) -> LayerFormat | None:
         """How this layer's keys and values are packed; None keeps the layer exact.
 
@@ -64,8 +73,12 @@ class CacheQuantizer(Protocol):
         """
         ...
 
-    def tables(self, layer: LayerSpec, side: Side) -> Tables:
-        """Fitted numbers that all tokens share: codebook `[2**bits]`, static scale and zero `[kv_heads, head_dim]`."""
+    def tables(self, layer: LayerSpec, side: Side, first: Tensor, valid: Tensor | None) -> Tables:
+        """Fitted numbers that all tokens share: codebook `[2**bits]`, static scale and zero `[kv_heads, head_dim]`.
+
+        first, valid: the first block about to be packed, as `encode` will get it, for strategies that fit themselves
+        to the text at hand. The others ignore it.
+        """
         ...
 
     def encode(
@@ -97,11 +110,18 @@ class Strategy(BaseModel):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Settings that leaderboards and contract tests run, each the keyword arguments of one instance."""
 
+    def require_model(self, model: "PreTrainedModel") -> None:
+        """See `CacheQuantizer.require_model`; any model by default."""
+
+    def cache_options(self) -> dict[str, Any]:
+        """See `CacheQuantizer.cache_options`; the cache's own by default."""
+        return {}
+
     def formats(self, layer: LayerSpec) -> LayerFormat | None:
         """See `CacheQuantizer.formats`."""
         raise NotImplementedError(f"strategy {self.name!r} must define formats(layer)")
 
-    def tables(self, layer: LayerSpec, side: Side) -> Tables:
+    def tables(self, layer: LayerSpec, side: Side, first: Tensor, valid: Tensor | None) -> Tables:
         """See `CacheQuantizer.tables`; none by default."""
         return NO_TABLES
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .format import Format
-from .quantize import NO_TABLES, Tables, decode_rows, levels
+from .quantize import NO_TABLES, Tables, decode_grid, decode_rows, levels
 from .rotation import hadamard_rotate
 
 
@@ -65,7 +65,7 @@ def packed_partial(
     weights = weights.unflatten(-1, (-1, block)).transpose(2, 3)
     if _foldable(fmt, value_dim):
         rows = levels(packed["codes"], fmt, block, tables, weights.dtype)
-        scale, zero = _numbers(packed, fmt, weights.dtype)
+        scale, zero = _numbers(packed, fmt, tables, weights.dtype)
         if fmt.scale == "token":
             # one scale and zero per token: into the weights, and a constant added to every channel
             mix = (weights * scale) @ rows.transpose(-1, -2) + (weights * zero).sum(-1, keepdim=True)
@@ -90,7 +90,7 @@ def packed_scores(
     head_dim = query.shape[-1]
     if _foldable(fmt, head_dim):
         rows = levels(packed["codes"], fmt, head_dim, tables, query.dtype)
-        scale, zero = _numbers(packed, fmt, query.dtype)
+        scale, zero = _numbers(packed, fmt, tables, query.dtype)
         if fmt.scale == "token":
             scores = (query @ rows.transpose(-1, -2)) * scale + query.sum(-1, keepdim=True) * zero
         else:
@@ -122,19 +122,16 @@ def attend_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
 def _foldable(fmt: Format, head_dim: int) -> bool:
     """Whether scale and zero can stay outside the dot product: one grid per token, or one per channel and block."""
-    return not fmt.outliers and (fmt.scale == "channel" or (fmt.scale == "token" and fmt.groups(head_dim) == 1))
+    return not fmt.outliers and (fmt.scale != "token" or fmt.groups(head_dim) == 1)
 
 
-def _numbers(packed: dict[str, Tensor], fmt: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale and zero `[batch, kv_heads, blocks, 1, block or head_dim]` of a foldable format."""
-    scales = packed["scales"].to(dtype)
+def _numbers(packed: dict[str, Tensor], fmt: Format, tables: Tables, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale and zero of a foldable format, `[..., blocks, 1, block]` per token, `[..., blocks, 1, channels]` else."""
+    # [..., block, 1, 1] per token, [..., 1, 1, channels] else
+    scale, zero = (number.to(dtype) for number in decode_grid(packed, fmt, tables))
     if fmt.scale == "token":
-        scales = scales.squeeze(-2)
-    scale = scales[..., 0].unsqueeze(-2)
-    if not fmt.symmetric:
-        return scale, scales[..., 1].unsqueeze(-2)
-    zero = torch.zeros_like(scale) if fmt.codes == "codebook" else scale * (-(2**fmt.bits - 1) / 2)
-    return scale, zero
+        return scale.flatten(-3).unsqueeze(-2), zero.flatten(-3).unsqueeze(-2)
+    return scale.squeeze(-2), zero.squeeze(-2)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,6 +42,12 @@ class Format(BaseModel):
         default=False, description="Scale only: the grid is centred on zero and stores no zero point."
     )
     outliers: int = Field(default=0, ge=0, le=64, description="Exact corrections (index, value) per packed row.")
+    trim: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Largest and smallest numbers, each, that an online range may leave to outlier slots.",
+    )
     rotation: Literal["none", "hadamard"] = Field(default="none", description="Orthogonal basis change along head_dim.")
     rope: Literal["post", "pre"] = Field(default="post", description="Keys only: store them after or before RoPE.")
 
@@ -49,6 +55,15 @@ class Format(BaseModel):
     def _group_needs_token_scale(self) -> "Format":
         if self.group is not None and self.scale != "token":
             raise ValueError(f"group={self.group} needs scale='token', got scale={self.scale!r}; leave group unset")
+        return self
+
+    @model_validator(mode="after")
+    def _trim_needs_a_range_to_cut_and_slots_to_keep(self) -> "Format":
+        if self.trim and (self.scale == "static" or not self.outliers):
+            raise ValueError(
+                f"trim={self.trim} takes numbers out of an online range and gives them to outlier slots; it "
+                f"needs scale='token' or 'channel' and outliers >= 1, got {self.scale!r} and {self.outliers}"
+            )
         return self
 
     @property
@@ -110,8 +125,11 @@ class LayerFormat(BaseModel):
         for name, fmt, dim, row in sides:
             if not fmt.packed:
                 continue
+            vector = self.block if fmt.scale == "channel" else dim
             if fmt.scale == "token":
-                fmt.groups(dim)
+                vector = dim // fmt.groups(dim)
+            if 2 * fmt.trim >= vector:
+                raise ValueError(f"{name}: trim={fmt.trim} leaves nothing of the {vector} numbers that share a scale")
             if fmt.outliers > row:
                 raise ValueError(f"{name}: {fmt.outliers} outlier slots do not fit a row of {row}; use fewer")
             if fmt.rotation == "hadamard" and dim % 2:

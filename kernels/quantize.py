@@ -1,6 +1,7 @@
 """The reference encoder and decoder: float32, straight-line, the truth every other implementation must agree with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +19,18 @@ class Tables:
 
     codebook: `[2**bits]` ascending levels, float32, for `codes="codebook"`.
     scale, zero: `[kv_heads, head_dim]` float32, for `scale="static"`.
+    gain, offset: scalars, float32: decoding reads `gain * level + offset` where encoding rounded to `level` (Q-Norm).
     """
 
     codebook: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
+    gain: Tensor | None = None
+    offset: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are set, by name."""
-        named = {"codebook": self.codebook, "scale": self.scale, "zero": self.zero}
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device) -> "Tables":
@@ -49,33 +53,20 @@ def encode(
     Returns tensors `[batch, kv_heads, blocks, ...]` by kind: `codes` int32, `scales` float16 (scale, zero),
     `outlier_index` int16 and `outlier_value` float16; or `exact` in the dtype of `states`.
     """
-    x = states.unflatten(2, (-1, block))
     if fmt.codes == "exact":
-        return {"exact": x.contiguous()}
-    x = x.float()
-    if fmt.rotation == "hadamard":
-        x = hadamard_rotate(x)
-    # [batch, 1, blocks, block, 1]
-    keep = None if valid is None else valid.unflatten(1, (-1, block))[:, None, :, :, None]
-    packed = {}
-    if fmt.scale == "static":
-        scale, zero = _static_grid(tables)
-    else:
-        packed["scales"] = _online_scales(x, fmt, keep)
-        scale, zero = _grid(packed["scales"], fmt)
-    grouped = x.unflatten(-1, (scale.shape[-2], -1))
-    ratio = (grouped - zero) / scale
-    # a zero scale means a constant vector: level 0 and the zero point give it back
-    ratio = torch.where(scale > 0, ratio, torch.zeros_like(ratio))
+        return {"exact": states.unflatten(2, (-1, block)).contiguous()}
+    keep = _blockwise(valid, block)
+    spread = _spread(states, fmt, side, block, keep, tables)
     codebook = _codebook(tables, fmt) if fmt.codes == "codebook" else None
     if codebook is None:
-        codes = ratio.round_().clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
+        codes = spread.ratio.round_().clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
     else:
-        codes = torch.bucketize(ratio.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
-    packed = {"codes": _pack_rows(codes.flatten(-2), fmt, side), **packed}
+        codes = torch.bucketize(spread.ratio.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
+    packed = {"codes": _pack_rows(codes.flatten(-2), fmt, side), **spread.stored}
     if fmt.outliers:
-        levels = codes.float() if codebook is None else codebook[codes]
-        residual = x - (levels * scale + zero).flatten(-2)
+        scale, zero = _normalised(spread.scale, spread.zero, tables)
+        decoded = codes.float() if codebook is None else codebook[codes]
+        residual = spread.states - (decoded * scale + zero).flatten(-2)
         if keep is not None:
             residual = residual * keep
         rows = residual if side == "key" else residual.transpose(-1, -2)
@@ -83,6 +74,25 @@ def encode(
         packed["outlier_index"] = index.to(torch.int16)
         packed["outlier_value"] = rows.gather(-1, index).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     return packed
+
+
+def normalise(
+    states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None = None, tables: Tables = NO_TABLES
+) -> tuple[Tensor, Tensor]:
+    """Where `encode` finds numbers on their grids, the view that codebooks are fitted to.
+
+    Arguments as for `encode`, of a format with affine codes or a codebook.
+
+    Returns `[batch, kv_heads, tokens, head_dim]` float32: the numbers with their grid's range as [-1, 1] (beyond it
+    saturates; 0 where a grid has no range), and half the width of that range.
+    """
+    spread = _spread(states, fmt, side, block, _blockwise(valid, block), tables)
+    shape = (*states.shape[:2], -1, states.shape[3])
+    ratio, scale = spread.ratio, spread.scale.expand_as(spread.ratio)
+    if fmt.codes == "affine":
+        half = (2**fmt.bits - 1) / 2
+        ratio, scale = torch.where(scale > 0, ratio / half - 1, 0), scale * half
+    return ratio.reshape(shape), scale.reshape(shape)
 
 
 def decode(
@@ -118,7 +128,7 @@ def decode_rows(
     `[batch, kv_heads, blocks, block, head_dim]` for keys, `[..., head_dim, block]` for values.
     """
     x = levels(packed["codes"], fmt, head_dim if side == "key" else block, tables, dtype)
-    scale, zero = _static_grid(tables) if fmt.scale == "static" else _grid(packed["scales"], fmt)
+    scale, zero = decode_grid(packed, fmt, tables)
     # [..., tokens, groups, channels per group], or that with the token axis last
     grouped = x.unflatten(-1 if side == "key" else -2, (scale.shape[-2], -1))
     if side == "value":
@@ -137,21 +147,65 @@ def levels(words: Tensor, fmt: Format, length: int, tables: Tables, dtype: torch
     return _codebook(tables, fmt).to(dtype)[codes]
 
 
+def decode_grid(packed: dict[str, Tensor], fmt: Format, tables: Tables) -> tuple[Tensor, Tensor]:
+    """float32 scale and zero of decoding, broadcastable to `[..., blocks, block, groups, head_dim / groups]`."""
+    return _normalised(*_static_grid(tables) if fmt.scale == "static" else _grid(packed["scales"], fmt), tables)
+
+
+class _Spread(NamedTuple):
+    """States `[batch, kv_heads, blocks, block, head_dim]` on their grids; the others as `decode_grid`."""
+
+    states: Tensor
+    ratio: Tensor
+    """(states - zero) / scale, `[..., groups, head_dim / groups]`."""
+    scale: Tensor
+    zero: Tensor
+    stored: dict[str, Tensor]
+
+
+def _spread(states: Tensor, fmt: Format, side: Side, block: int, keep: Tensor | None, tables: Tables) -> _Spread:
+    x = states.unflatten(2, (-1, block)).float()
+    if fmt.rotation == "hadamard":
+        x = hadamard_rotate(x)
+    stored = {}
+    if fmt.scale == "static":
+        scale, zero = _static_grid(tables)
+    else:
+        stored["scales"] = _online_scales(x, fmt, side, keep)
+        scale, zero = _grid(stored["scales"], fmt)
+    grouped = x.unflatten(-1, (scale.shape[-2], -1))
+    ratio = (grouped - zero) / scale
+    # a zero scale means a constant vector: level 0 and the zero point give it back
+    return _Spread(x, torch.where(scale > 0, ratio, torch.zeros_like(ratio)), scale, zero, stored)
+
+
+def _blockwise(valid: Tensor | None, block: int) -> Tensor | None:
+    """`valid [batch, tokens]` as `[batch, 1, blocks, block, 1]`."""
+    return None if valid is None else valid.unflatten(1, (-1, block))[:, None, :, :, None]
+
+
+def _normalised(scale: Tensor, zero: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+    """The grid that decodes: a level `c` stands for `scale * (gain * c + offset) + zero`."""
+    if tables.gain is None or tables.offset is None:
+        return scale, zero
+    return scale * tables.gain, zero + scale * tables.offset
+
+
 def _pack_rows(codes: Tensor, fmt: Format, side: Side) -> Tensor:
     rows = codes if side == "key" else codes.transpose(-1, -2)
     return pack(rows, fmt.bits, by_nibble=fmt.codes == "codebook")
 
 
-def _online_scales(x: Tensor, fmt: Format, keep: Tensor | None) -> Tensor:
+def _online_scales(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> Tensor:
     """float16 `(scale, zero)`, or `(scale,)` when symmetric, from the range of each group.
 
     `[..., blocks, block, groups, numbers]` per token, `[..., blocks, head_dim, numbers]` per channel.
     """
-    if fmt.scale == "token":
-        grouped = x.unflatten(-1, (fmt.groups(x.shape[-1]), -1))
-        low, high = grouped.amin(-1), grouped.amax(-1)
-    else:
-        low, high = _channel_range(x, keep)
+    seen = keep if fmt.scale == "channel" else None  # a token's range is of that token alone
+    if fmt.trim:
+        stored = _stored_outliers(x, fmt, side, keep)
+        seen = ~stored if seen is None else seen & ~stored
+    low, high = _ranges(_vectors(x, fmt), None if seen is None else _vectors(seen, fmt))
     steps = 2 if fmt.codes == "codebook" else 2**fmt.bits - 1
     if fmt.symmetric:
         numbers = [2 * torch.maximum(high, -low) / steps]
@@ -162,14 +216,41 @@ def _online_scales(x: Tensor, fmt: Format, keep: Tensor | None) -> Tensor:
     return torch.stack(numbers, dim=-1).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
 
 
-def _channel_range(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def _vectors(x: Tensor, fmt: Format) -> Tensor:
+    """`x [..., block, head_dim]` with the numbers that share a scale in the last dimension: a view."""
+    return x.unflatten(-1, (fmt.groups(x.shape[-1]), -1)) if fmt.scale == "token" else x.transpose(-1, -2)
+
+
+def _ranges(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number that `keep` marks along the last dimension; 0 where it marks none."""
     if keep is None:
-        return x.amin(-2), x.amax(-2)
-    low = x.masked_fill(~keep, torch.inf).amin(-2)
-    high = x.masked_fill(~keep, -torch.inf).amax(-2)
-    # a block without a single valid token has no range
-    empty = ~keep.any(-2)
-    return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+        return x.amin(-1), x.amax(-1)
+    none = ~keep.any(-1)
+    low, high = x.masked_fill(~keep, torch.inf).amin(-1), x.masked_fill(~keep, -torch.inf).amax(-1)
+    return low.masked_fill(none, 0), high.masked_fill(none, 0)
+
+
+def _stored_outliers(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> Tensor:
+    """Which numbers outlier slots bring back, so that ranges need not cover them: bool, as `x`.
+
+    Candidates are the `trim` largest and smallest of each scale, by rank. Where a packed row has more of them than
+    slots, those furthest outside the range of the rest get one; the others stay inside the range.
+    """
+    vectors = _vectors(x, fmt)
+    low, high = vectors, vectors
+    if keep is not None and fmt.scale == "channel":
+        ignored = ~_vectors(keep, fmt)
+        low, high = low.masked_fill(ignored, torch.inf), high.masked_fill(ignored, -torch.inf)
+    low = low.topk(fmt.trim + 1, dim=-1, largest=False).values[..., -1:]
+    high = high.topk(fmt.trim + 1, dim=-1).values[..., -1:]
+    excess = (vectors - high).clamp(min=0) + (low - vectors).clamp(min=0)
+    excess = excess.flatten(-2) if fmt.scale == "token" else excess.transpose(-1, -2)
+    if keep is not None:
+        excess = excess.masked_fill(~keep, 0)
+    rows = excess if side == "key" else excess.transpose(-1, -2)
+    largest = rows.topk(fmt.outliers, dim=-1)
+    stored = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, largest.indices, largest.values > 0)
+    return stored if side == "key" else stored.transpose(-1, -2)
 
 
 def _grid(scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

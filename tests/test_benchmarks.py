@@ -271,7 +271,7 @@ def test_bits_are_those_of_the_bytes_held(board):
 
 
 def test_the_packed_part_leaves_out_what_does_not_grow():
-    rows = {"key codes": 30, "value codes": 30, "tail": 40, "tables": 1000, "spare": 7}
+    rows = {"key codes": 30, "value codes": 30, "tail": 40, "codebooks": 1000, "spare": 7}
     held = MemoryReport(tokens=4, elements=40, exact_bytes=160, device_bytes=1107, host_bytes=0, rows=rows)
     assert leaderboard.packed_bits(held) == pytest.approx(8 * 60 / 30)
     nothing = MemoryReport(tokens=0, elements=0, exact_bytes=0, device_bytes=0, host_bytes=0, rows={})

@@ -31,9 +31,11 @@ class PackedCache(Cache):
 
     model: a decoder-only transformers model.
     strategy: from `registry.get(name)(...)`, or any `CacheQuantizer`.
-    residual_length: newest tokens kept exact; up to `block - 1` more wait there to fill a block.
-    sink_tokens: first real tokens of each batch row kept exact.
+    residual_length: newest tokens kept exact, 128 by default; up to `block - 1` more wait there to fill a block.
+    sink_tokens: first real tokens of each batch row kept exact, 0 by default.
     skip_layers: indices of layers to leave exact, `-1` being the last.
+
+    Where an option is not given, what the strategy asks for (`strategy.cache_options()`) takes the default's place.
 
     Raises ValueError for encoder-decoder models, for layers that do not exist, and for shapes the strategy refuses.
     """
@@ -43,9 +45,9 @@ class PackedCache(Cache):
         model: PreTrainedModel,
         strategy: CacheQuantizer,
         *,
-        residual_length: int = 128,
-        sink_tokens: int = 0,
-        skip_layers: Iterable[int] = (),
+        residual_length: int | None = None,
+        sink_tokens: int | None = None,
+        skip_layers: Iterable[int] | None = None,
     ) -> None:
         if isinstance(strategy, type) or not isinstance(strategy, CacheQuantizer):
             raise TypeError(
@@ -57,9 +59,11 @@ class PackedCache(Cache):
                 f"{type(model).__name__} is an encoder-decoder model; PackedCache serves decoder-only models"
             )
         self.strategy = strategy
-        self.options = CacheOptions(
-            residual_length=residual_length, sink_tokens=sink_tokens, skip_layers=tuple(skip_layers)
-        )
+        skipped = None if skip_layers is None else tuple(skip_layers)
+        given = {"residual_length": residual_length, "sink_tokens": sink_tokens, "skip_layers": skipped}
+        given = {name: option for name, option in given.items() if option is not None}
+        self.options = CacheOptions(**{**strategy.cache_options(), **given})
+        self._require_ready(model)
         config = model.config.get_text_config(decoder=True)
         host = DynamicCache(config=config).layers
         if not host:
@@ -87,6 +91,9 @@ class PackedCache(Cache):
         self.model_identity = identity(model)
         self._ask_strategy(model)
         attach(model)
+
+    def _require_ready(self, model: PreTrainedModel) -> None:
+        self.strategy.require_model(model)
 
     def _layer(self, *arguments: Any) -> PackedLayer:
         return PackedLayer(*arguments)

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...kernels import quantize
 from ...kernels.format import Format, LayerFormat, Side
-from ...kernels.quantize import Tables
+from ...kernels.quantize import NO_TABLES, Tables
 from ..protocol import CacheQuantizer, LayerSpec
 from ..sinks import Sinks
 from ..store import ExactTail, PackedStore
@@ -27,6 +27,15 @@ ENCODE_NUMBERS = 1 << 22
 SIDES: tuple[Side, Side] = ("key", "value")
 
 EXACT = LayerFormat(key=Format(codes="exact"), value=Format(codes="exact"))
+
+# rows of the memory report that gather several tensors
+_ROWS = {
+    "outlier_index": "outliers",
+    "outlier_value": "outliers",
+    "codebook": "codebooks",
+    "gain": "codebooks",
+    "offset": "codebooks",
+}
 
 _NOT_ATTACHED = (
     "layer {} stores keys before RoPE but was given no position embeddings: the model is not attached. "
@@ -104,8 +113,7 @@ class PackedLayer(CacheLayerMixin):
         if not key_states.is_floating_point():
             raise ValueError(f"layer {self.index}: keys are {key_states.dtype}; a cache holds floating-point states")
         formats.require_fitting(spec.head_dim, spec.value_dim)
-        self.tables = {side: self.strategy.tables(spec, side).to(key_states.device) for side in SIDES}
-        self.formats: LayerFormat = formats
+        self.spec, self.formats = spec, formats
         self.kv_heads, self.head_dim, self.value_dim = spec.kv_heads, spec.head_dim, spec.value_dim
         self.dtype, self.device = key_states.dtype, key_states.device
         self.tails = {"key": ExactTail(key_states), "value": ExactTail(value_states)}
@@ -207,6 +215,8 @@ class PackedLayer(CacheLayerMixin):
             self.sinks.restore(cut, side, blocks * self.formats.block, packed)
             self.tails[side].replace(cut[:, :, :rest])
             self.stores[side].truncate(blocks)
+        if not blocks:
+            self.tables = {}
 
     # ---- what attention reads --------------------------------------------------------------------------------------
 
@@ -289,12 +299,16 @@ class PackedLayer(CacheLayerMixin):
         """Bytes by kind; with the spare capacity they are what is held."""
         if not self.is_initialized:
             return {}
-        sizes = {f"{side} {name}": size for side in SIDES for name, size in self.stores[side].used_bytes().items()}
+        sizes: dict[str, int] = {}
+        for side in SIDES:
+            for name, size in self.stores[side].used_bytes().items():
+                row = f"{side} {_ROWS.get(name, name)}"
+                sizes[row] = sizes.get(row, 0) + size
+            for name, tensor in self.tables.get(side, NO_TABLES).tensors().items():
+                row = _ROWS.get(name, "static scales")
+                sizes[row] = sizes.get(row, 0) + tensor.untyped_storage().nbytes()
         sizes["tail"] = sum(tail.used_bytes() for tail in self.tails.values())
         sizes["sinks"] = self.sinks.held_bytes()
-        sizes["tables"] = sum(
-            tensor.untyped_storage().nbytes() for tables in self.tables.values() for tensor in tables.tensors().values()
-        )
         buffers = [*self.stores.values(), *self.tails.values()]
         used = sum(sum(store.used_bytes().values()) for store in self.stores.values()) + sizes["tail"]
         sizes["spare"] = sum(buffer.held_bytes() for buffer in buffers) - used
@@ -319,6 +333,8 @@ class PackedLayer(CacheLayerMixin):
         for side in SIDES:
             tensors[f"tail.{side}"] = self.tails[side].read()
             tensors.update({f"packed.{side}.{name}": tensor for name, tensor in self.stores[side].read().items()})
+            fitted = self.tables.get(side, NO_TABLES).tensors()
+            tensors.update({f"tables.{side}.{name}": tensor for name, tensor in fitted.items()})
         return {"formats": self.formats.model_dump(mode="json"), "blocks": self.stores["key"].blocks}, tensors
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -333,10 +349,9 @@ class PackedLayer(CacheLayerMixin):
                 f"layer {self.index} was packed as {values['formats']}, the strategy now asks for another format"
             )
         for side in SIDES:
-            prefix = f"packed.{side}."
-            packed = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             if values["blocks"]:
-                self.stores[side].append(packed)
+                self.stores[side].append(_under(f"packed.{side}.", tensors))
+                self.tables[side] = Tables(**_under(f"tables.{side}.", tensors))
             self.tails[side].append(tails[side])
         sinks: dict[Side, Tensor] = {side: tensors[f"sinks.{side}"] for side in SIDES if f"sinks.{side}" in tensors}
         self.sinks = Sinks(self.options.sink_tokens, tensors.get("first"), sinks)
@@ -377,16 +392,30 @@ class PackedLayer(CacheLayerMixin):
         leaving: dict[Side, Tensor] = {side: states[:, :, :packing] for side, states in held.items()}
         # encode everything before anything is changed: a strategy that raises loses nothing
         sinks, valid = self.sinks.advance(leaving, self.packed_tokens, key_validity(self._mask))
-        packed = {side: self._encode(states, side, valid) for side, states in leaving.items()}
+        tables = self._fitted(leaving, valid)
+        packed = {side: self._encode(states, side, valid, tables[side]) for side, states in leaving.items()}
         for side in SIDES:
             self.stores[side].require_fitting(packed[side])
         for side, states in held.items():
             self.stores[side].append(packed[side])
             self.tails[side].replace(states[:, :, packing:])
-        self.sinks = sinks
+        self.sinks, self.tables = sinks, tables
         return held
 
-    def _encode(self, states: Tensor, side: Side, valid: Tensor | None) -> dict[str, Tensor]:
+    def _fitted(self, leaving: dict[Side, Tensor], valid: Tensor | None) -> dict[Side, Tables]:
+        """The strategy's tables, asked for with the first block that is packed."""
+        if self.tables:
+            return self.tables
+        block = self.formats.block
+        seen = None if valid is None else valid[:, :block]
+        return {
+            side: NO_TABLES
+            if getattr(self.formats, side).codes == "exact"
+            else self.strategy.tables(self.spec, side, states[:, :, :block], seen).to(states.device)
+            for side, states in leaving.items()
+        }
+
+    def _encode(self, states: Tensor, side: Side, valid: Tensor | None, tables: Tables) -> dict[str, Tensor]:
         block = self.formats.block
         fmt = getattr(self.formats, side)
         step = max(1, ENCODE_NUMBERS // (states[:, :, :block].numel())) * block
@@ -394,7 +423,7 @@ class PackedLayer(CacheLayerMixin):
         for start in range(0, states.shape[2], step):
             piece = states[:, :, start : start + step]
             seen = None if valid is None else valid[:, start : start + step]
-            parts.append(self.strategy.encode(piece, fmt, side, block, seen, self.tables[side]))
+            parts.append(self.strategy.encode(piece, fmt, side, block, seen, tables))
         return {
             name: torch.cat([part[name] for part in parts], dim=2) if parts[1:] else parts[0][name] for name in parts[0]
         }
@@ -420,6 +449,11 @@ class PackedLayer(CacheLayerMixin):
             buffer.map(change)
         self.sinks = self.sinks.map(change)
         self._mask = None
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _with_gradients(held: Tensor, new: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ class SimulatedCache(PackedCache):
         *,
         prefill: int = 0,
         chunk: int = 1,
-        residual_length: int = 128,
-        sink_tokens: int = 0,
-        skip_layers: Iterable[int] = (),
+        residual_length: int | None = None,
+        sink_tokens: int | None = None,
+        skip_layers: Iterable[int] | None = None,
     ) -> None:
         if chunk < 1 or prefill < 0:
             raise ValueError(f"chunk={chunk} must be at least 1 and prefill={prefill} at least 0")
@@ -79,8 +79,9 @@ class _SimulatedLayer(PackedLayer):
         if packing:
             leaving: dict[Side, Tensor] = {side: new[:, :, :packing] for side, new in states.items()}
             self.sinks, valid = self.sinks.advance(leaving, 0, key_validity(self._mask))
+            self.tables = self._fitted(leaving, valid)
             for side, old in leaving.items():
-                self.stores[side].append(self._encode(old, side, valid))
+                self.stores[side].append(self._encode(old, side, valid, self.tables[side]))
         for side, new in states.items():
             self.tails[side].append(new)
         return states

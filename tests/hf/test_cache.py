@@ -106,7 +106,7 @@ class Chosen(Strategy):
     def formats(self, layer):
         return LayerFormat(key=self.key, value=self.value, block=BLOCK)
 
-    def tables(self, layer, side):
+    def tables(self, layer, side, first, valid):
         scale = torch.full((layer.kv_heads, layer.head_dim), 0.4)
         return Tables(codebook=LEVELS, scale=scale, zero=-4 * scale)
 

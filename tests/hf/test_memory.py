@@ -31,7 +31,7 @@ class Chosen(Strategy):
     def formats(self, layer: LayerSpec) -> LayerFormat:
         return LayerFormat(key=self.key, value=self.value, block=self.block)
 
-    def tables(self, layer: LayerSpec, side: str) -> Tables:
+    def tables(self, layer: LayerSpec, side: str, first: Tensor, valid: Tensor | None) -> Tables:
         return Tables(codebook=torch.linspace(-1, 1, 2 ** getattr(self, side).bits))
 
 

@@ -247,6 +247,7 @@ def test_a_strategy_whose_settings_are_unknown_is_not_saved(tmp_path):
 
     class Bare:
         name = "bare"
+        require_model, cache_options = inner.require_model, inner.cache_options
         formats, tables, encode, decode = inner.formats, inner.tables, inner.encode, inner.decode
 
     with pytest.raises(TypeError, match="derive it from Strategy"):
