@@ -19,12 +19,15 @@ class Tables:
 
     codebook: `[2**bits]` ascending levels, float32, for `codes="codebook"`.
     scale, zero: `[kv_heads, head_dim]` float32, for `scale="static"`.
+    sensitivity: `[kv_heads, head_dim]` float32, what an error in a channel costs: keys' outlier slots go where error
+        times sensitivity is largest; without it, to the largest errors.
     gain, offset: scalars, float32: decoding reads `gain * level + offset` where encoding rounded to `level` (Q-Norm).
     """
 
     codebook: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
+    sensitivity: Tensor | None = None
     gain: Tensor | None = None
     offset: Tensor | None = None
 
@@ -70,10 +73,17 @@ def encode(
         if keep is not None:
             residual = residual * keep
         rows = residual if side == "key" else residual.transpose(-1, -2)
-        index = rows.abs().topk(fmt.outliers, dim=-1).indices
+        index = _ranking(rows, side, tables).topk(fmt.outliers, dim=-1).indices
         packed["outlier_index"] = index.to(torch.int16)
         packed["outlier_value"] = rows.gather(-1, index).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     return packed
+
+
+def _ranking(residual: Tensor, side: Side, tables: Tables) -> Tensor:
+    """By what the numbers of a packed row compete for its slots."""
+    if side == "value" or tables.sensitivity is None:
+        return residual.abs()  # a row of values is one channel
+    return residual.abs() * tables.sensitivity[:, None, None]
 
 
 def normalise(

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "kernels": (),
     "core": ("kernels",),
     "registry": ("core",),
-    "strategies": ("core", "kernels", "registry.hookspecs"),
+    "strategies": ("core", "kernels", "registry"),
 }
 
 

@@ -14,8 +14,9 @@ from ..memory import MemoryReport, tensors_in
 from ..protocol import CacheQuantizer, LayerSpec
 from .attach import attach, attention_modules
 from .compat import tokens_to_remove
+from .identity import identity
 from .layer import CacheOptions, PackedLayer
-from .persist import identity, load, save
+from .persist import load, save
 from .rope import RotaryTables
 
 

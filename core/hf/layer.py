@@ -32,6 +32,7 @@ EXACT = LayerFormat(key=Format(codes="exact"), value=Format(codes="exact"))
 _ROWS = {
     "outlier_index": "outliers",
     "outlier_value": "outliers",
+    "sensitivity": "static scales",
     "codebook": "codebooks",
     "gain": "codebooks",
     "offset": "codebooks",

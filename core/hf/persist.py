@@ -1,7 +1,5 @@
 """A packed cache as one file: safetensors for the bytes, JSON in its header for everything else. No pickle."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,11 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..protocol import CacheQuantizer
 from .attach import attention_modules
+from .identity import identity
 from .layer import PackedLayer
 from .rope import RotaryTable
 
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 Loaded = TypeVar("Loaded", bound="PackedCache")
 
 FILE_VERSION = 1
-
-_IDENTITY = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "rope_parameters")  # fmt: skip
 
 
 def save(cache: "PackedCache", path: str | os.PathLike[str]) -> None:
@@ -105,30 +101,6 @@ def _fill(
         for device in {devices.get(layer.index, default) for layer in cache.packed_layers}:
             named = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
             cache.rotary_tables.by_kind[(saved["kind"], str(device))] = RotaryTable.restore(named, saved["halved"])
-
-
-def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What makes cached states of one model useless to another: its shape, its RoPE, a hash of some weights."""
-    config = model.config.get_text_config(decoder=True)
-    named = {name: _attribute(config, name) for name in _IDENTITY}
-    named["weights"] = _fingerprint(model.get_input_embeddings())
-    # as JSON sees it, so that it compares equal after a round trip
-    return json.loads(json.dumps(named, default=str))
-
-
-def _attribute(config: Any, name: str) -> Any:
-    try:
-        return getattr(config, name, None)
-    except Exception:
-        # configurations with settings per layer refuse to name one for all, with an error of their own
-        return None
-
-
-def _fingerprint(embeddings: nn.Module) -> str | None:
-    weight = getattr(embeddings, "weight", None)
-    if type(weight) is not nn.Parameter or weight.device.type == "meta":
-        return None  # sharded or offloaded
-    return hashlib.sha256(weight[:64].detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _describe(strategy: CacheQuantizer) -> dict[str, Any]:

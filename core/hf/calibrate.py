@@ -1,0 +1,390 @@
+"""Running a model over a text to measure what a strategy has to know."""
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ...kernels.format import Side
+from ...kernels.quantize import NO_TABLES, normalise
+from ..calibration.artifact import Calibration, Evidence, LayerRecord, Record, digest_of, view
+from ..calibration.resume import Unfinished
+from ..calibration.statistics import Density, Extremes, Statistics, static_grid
+from .attach import detach, is_attached
+from .identity import identify
+from .layer import SIDES
+from .simulate import SimulatedCache
+from .taps import TapCache, TapLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..calibration.strategy import CalibratedStrategy
+
+Place = tuple[int, Side]
+Observe = Callable[[TapLayer, Side, Tensor, Tensor | None], None]
+Report = Callable[[str, int, int], None]
+
+
+def calibrate(
+    strategy: "CalibratedStrategy",
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    texts: str | Sequence[str] | Tensor,
+    *,
+    samples: int = 16,
+    length: int | None = None,
+    heldout: int = 1,
+    folder: str | Path | None = None,
+    report: Report | None = None,
+) -> Calibration:
+    """Measure what `strategy` asks for on `samples` windows of `length` tokens.
+
+    One pass finds the channel ranges of static grids, if the format has any; another the densities, with Fisher
+    information by a backward pass where the recipe asks for gradients. Memory is that of the model on one window,
+    plus the statistics, which do not grow with the text except for the ranges: `recipe.outliers` of all keys.
+
+    tokenizer, texts: texts are joined by blank lines. Windows are spread evenly and do not overlap; each begins as the
+        tokenizer begins a text. Or token ids `[windows, length]`, tokenizer None.
+    samples, length: 16 windows of 2048 tokens by default (the paper's), or as many as the model takes.
+    heldout: further windows, from the end of the text, on which perplexity is measured with and without the cache.
+    folder: where intermediate results go, so that an interrupted calibration resumes at the window where it stopped.
+    report: called with `(pass, windows done, windows)`.
+
+    Raises ValueError for a text that is too short, states that are not finite, and a layer that is given no gradient.
+    """
+    windows, rest = cut(model, tokenizer, texts, samples, length, heldout)
+    strategy = strategy.with_calibration(None)
+    unfinished = Unfinished(folder)
+    with _undisturbed(model):
+        gathering = _Gathering(strategy, model, windows, unfinished, report or _silent)
+        statistics, seconds = gathering.run()
+        evidence = Evidence(
+            windows=len(windows),
+            length=windows.shape[1],
+            windows_sha256=digest_of(windows),
+            seconds=round(seconds, 3),
+            versions={
+                "python": platform.python_version(), "torch": torch.__version__,
+                "transformers": version("transformers"),
+            },
+        )  # fmt: skip
+        record = Record(
+            strategy=strategy.name,
+            settings=strategy.model_dump(mode="json", exclude={"calibration"}),
+            recipe=strategy.recipe(),
+            model=identify(model),
+            layers=gathering.layers,
+            evidence=evidence,
+        )
+        calibration = Calibration(record, statistics)
+        if len(rest):
+            measured = _perplexities(model, strategy.with_calibration(calibration), rest, report or _silent)
+            record = record.model_copy(update={"evidence": evidence.model_copy(update=measured)})
+            calibration = Calibration(record, statistics)
+    unfinished.remove()
+    return calibration
+
+
+def cut(
+    model: PreTrainedModel,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    texts: str | Sequence[str] | Tensor,
+    samples: int,
+    length: int | None,
+    heldout: int,
+) -> tuple[Tensor, Tensor]:
+    """Token ids `[samples, length]` to calibrate on, and `[heldout, length]` to measure on.
+
+    Raises ValueError, saying what would fit, when the text is too short or the windows are longer than the model takes.
+    """
+    if samples < 1 or heldout < 0:
+        raise ValueError(f"samples={samples} must be at least 1 and heldout={heldout} at least 0")
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+    if isinstance(texts, Tensor):
+        if texts.ndim != 2 or len(texts) < samples + heldout or texts.is_floating_point():
+            raise ValueError(
+                f"token ids must be [windows, length] integers with at least samples + heldout = {samples + heldout} "
+                f"windows, got {texts.dtype} {tuple(texts.shape)}"
+            )
+        windows = texts[: samples + heldout, :length]
+        _fitting(windows.shape[1], context)
+        return windows[:samples], windows[samples:]
+    if tokenizer is None:
+        raise ValueError("texts need a tokenizer; give one, or token ids [windows, length]")
+    length = _fitting(min(2048, context) if length is None else length, context)
+    text = texts if isinstance(texts, str) else "\n\n".join(texts)
+    begin = list(tokenizer("", add_special_tokens=True).input_ids)
+    if begin and tokenizer.eos_token_id is not None and begin[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        begin = begin[:-1]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    taken = length - len(begin)
+    needed = (samples + heldout) * taken
+    if len(ids) < needed:
+        fitting = len(ids) // taken - heldout
+        remedy = f"use at most {fitting} samples" if fitting > 0 else "use shorter windows"
+        raise ValueError(
+            f"the text has {len(ids)} tokens; {samples} windows of {length} and {heldout} held out need {needed}. "
+            f"Give a longer text, or {remedy}"
+        )
+    last = len(ids) - heldout * taken
+    starts = [i * (last - taken) // max(1, samples - 1) for i in range(samples)]
+    starts += [last + i * taken for i in range(heldout)]
+    windows = torch.tensor([begin + ids[at : at + taken] for at in starts])
+    return windows[:samples], windows[samples:]
+
+
+def _fitting(length: int, context: int) -> int:
+    if not 2 <= length <= context:
+        raise ValueError(f"windows of {length} tokens: use 2 to {context}, the model's context")
+    return length
+
+
+class _Gathering:
+    """The passes over the windows, and what they have gathered."""
+
+    def __init__(
+        self,
+        strategy: "CalibratedStrategy",
+        model: PreTrainedModel,
+        windows: Tensor,
+        unfinished: Unfinished,
+        report: Report,
+    ) -> None:
+        self.layers: dict[int, LayerRecord] = {}
+        self._strategy, self._model, self._windows = strategy, model, windows
+        self._recipe = strategy.recipe()
+        self._unfinished, self._report = unfinished, report
+        self._job = _hash_of(strategy, model, windows)
+        self._extremes: dict[Place, Extremes] = {}
+        self._ranges: dict[Place, tuple[Tensor, Tensor]] = {}
+        self._densities: dict[Place, Density] = {}
+        self._fisher: dict[Place, Tensor] = {}
+        self._pass, self._done = 0, 0
+        self._seconds = 0.0
+        """Of earlier runs that were interrupted."""
+
+    def run(self) -> tuple[dict[int, dict[Side, Statistics]], float]:
+        """Both passes, from where an earlier run stopped; the statistics and the seconds they took."""
+        earlier = self._unfinished.load(self._job)
+        if earlier is not None:
+            self._restore(*earlier)
+        self._start = time.perf_counter() - self._seconds
+        clean = True
+        try:
+            for number, (name, observe, gradients) in enumerate(self._passes()):
+                if number < self._pass:
+                    continue
+                self._report(name, self._done, len(self._windows))
+                while self._done < len(self._windows):
+                    clean = False
+                    self._run_window(observe, gradients)
+                    self._done += 1
+                    clean = True
+                    self._unfinished.save(self._job, self._state(), self._tensors())
+                    self._report(name, self._done, len(self._windows))
+                    if observe == self._observe_ranges and not self._extremes:
+                        break  # all grids are online
+                self._ranges.update({place: extremes.bounds() for place, extremes in self._extremes.items()})
+                self._extremes = {}
+                self._pass, self._done = number + 1, 0
+        except BaseException:
+            if clean:  # else half a window is counted: what was saved last stands
+                self._unfinished.save(self._job, self._state(), self._tensors(), now=True)
+            raise
+        return self._statistics(), time.perf_counter() - self._start
+
+    def _passes(self) -> list[tuple[str, Observe, bool]]:
+        return [("ranges", self._observe_ranges, False), ("densities", self._observe_density, self._recipe.gradients)]
+
+    def _run_window(self, observe: Observe, gradients: bool) -> None:
+        """One window through the model; `observe` sees every side that the strategy packs."""
+        ids = self._windows[self._done : self._done + 1].to(self._model.device)
+        seen: set[Place] = set()
+
+        def tap(layer: TapLayer, side: Side, states: Tensor, gradient: Tensor | None) -> None:
+            fmt = getattr(layer.formats, side)
+            if not fmt.packed:
+                raise ValueError(f"{fmt.codes!r} codes of the {side}s of layer {layer.index} cannot be calibrated")
+            for what, tensor in (("states", states), ("gradients", gradient)):
+                if tensor is not None and not tensor.isfinite().all():
+                    raise ValueError(
+                        f"layer {layer.index}: the {what} of the {side}s are not finite in window {self._done}. "
+                        f"The model computes in {states.dtype}; try bfloat16 or float32, or another text"
+                    )
+            self._note(layer)
+            observe(layer, side, states, gradient)
+            seen.add((layer.index, side))
+
+        cache = TapCache(self._model, self._strategy, tap, gradients=gradients)
+        with torch.set_grad_enabled(gradients):
+            logits = self._model(ids, past_key_values=cache, use_cache=True).logits
+            if gradients:
+                # the sum, not the mean: small gradients vanish in half precision, and only their ratios count
+                torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").backward()
+        missing = [layer.index for layer in cache.packed_layers if (layer.index, "key") not in seen]
+        if missing:
+            raise ValueError(
+                f"layers {missing} showed no keys{' and gradients' if gradients else ''}. With gradient checkpointing "
+                "models run without their cache: call model.gradient_checkpointing_disable()"
+            )
+
+    def _observe_ranges(self, layer: TapLayer, side: Side, states: Tensor, gradient: Tensor | None) -> None:
+        skipped = 0 if self._recipe.ranges_include_sinks else self._recipe.sink_tokens
+        if getattr(layer.formats, side).scale == "static":
+            place = (layer.index, side)
+            if place not in self._extremes:
+                self._extremes[place] = Extremes(self._range_tokens(), self._recipe.outliers)
+            self._extremes[place].add(states[:, :, skipped:])
+
+    def _observe_density(self, layer: TapLayer, side: Side, states: Tensor, gradient: Tensor | None) -> None:
+        fmt, block = getattr(layer.formats, side), layer.formats.block
+        if fmt.scale != "channel" and not fmt.trim:
+            block = states.shape[2]  # every token stands for itself
+        whole = states.shape[2] // block * block
+        if not whole:
+            raise ValueError(
+                f"windows of {states.shape[2]} tokens are shorter than a block of {block}; use longer ones"
+            )
+        states = states[:, :, :whole]
+        valid = torch.arange(whole, device=states.device)[None] >= self._recipe.sink_tokens
+        place = (layer.index, side)
+        tables = static_grid(*self._ranges[place], fmt).to(states.device) if fmt.scale == "static" else NO_TABLES
+        normalised, width = normalise(states, fmt, side, block, valid, tables)
+        fisher = None if gradient is None else gradient[:, :, :whole].float().square()
+        if fisher is not None:
+            channels = (fisher * valid[:, None, :, None]).sum((0, 2), dtype=torch.float64).cpu()
+            self._fisher[place] = self._fisher.get(place, 0) + channels
+        self._densities.setdefault(place, Density()).add(normalised, width, valid[:, None, :, None], fisher)
+
+    def _note(self, layer: TapLayer) -> None:
+        if layer.index not in self.layers:
+            views: dict[Side, dict[str, Any]] = {side: view(layer.formats, side) for side in SIDES}
+            self.layers[layer.index] = LayerRecord(shape=layer.spec, views=views)
+
+    def _statistics(self) -> dict[int, dict[Side, Statistics]]:
+        found: dict[int, dict[Side, Statistics]] = {}
+        for (index, side), density in sorted(self._densities.items()):
+            low, high = self._ranges.get((index, side), (None, None))
+            fisher = self._fisher.get((index, side))
+            found.setdefault(index, {})[side] = Statistics(
+                density.mass.float(),
+                None if low is None else low.cpu(),
+                None if high is None else high.cpu(),
+                None if fisher is None else (fisher / fisher.max().clamp(min=1e-300)).sqrt().float(),
+            )
+        return found
+
+    # ---- resuming --------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "pass": self._pass,
+            "done": self._done,
+            "seconds": time.perf_counter() - self._start,
+            "layers": {index: record.model_dump(mode="json") for index, record in self.layers.items()},
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for kind, pairs in (
+            ("extremes", {place: extremes.kept for place, extremes in self._extremes.items()}),
+            ("range", self._ranges),
+        ):
+            for (index, side), pair in pairs.items():
+                assert pair is not None  # nothing is made before it is added to
+                named.update({f"{index}.{side}.{kind}.{number}": tensor for number, tensor in enumerate(pair)})
+        named.update({f"{index}.{side}.density": density.mass for (index, side), density in self._densities.items()})
+        named.update({f"{index}.{side}.fisher": fisher for (index, side), fisher in self._fisher.items()})
+        return named
+
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._pass, self._done, self._seconds = state["pass"], state["done"], state["seconds"]
+        self.layers = {int(index): LayerRecord.model_validate(record) for index, record in state["layers"].items()}
+        for name, tensor in tensors.items():
+            index, side, kind, *number = name.split(".")
+            place: Any = (int(index), side)
+            if kind == "density":
+                self._densities[place] = Density(tensor)
+            elif kind == "fisher":
+                self._fisher[place] = tensor
+            elif number == ["0"]:
+                pair = (tensor, tensors[f"{index}.{side}.{kind}.1"])
+                if kind == "range":
+                    self._ranges[place] = pair
+                else:
+                    self._extremes[place] = Extremes(self._range_tokens(), self._recipe.outliers, pair)
+
+    def _range_tokens(self) -> int:
+        skipped = 0 if self._recipe.ranges_include_sinks else self._recipe.sink_tokens
+        return len(self._windows) * (self._windows.shape[1] - skipped)
+
+
+def _hash_of(strategy: "CalibratedStrategy", model: PreTrainedModel, windows: Tensor) -> str:
+    """Of all that decides what is gathered."""
+    settings = strategy.model_dump_json(exclude={"calibration"})
+    text = json.dumps([strategy.name, settings, identify(model), digest_of(windows)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@torch.inference_mode()
+def _perplexities(
+    model: PreTrainedModel, strategy: "CalibratedStrategy", windows: Tensor, report: Report
+) -> dict[str, Any]:
+    """What `Evidence` says of held-out windows `[n, length]`."""
+    exact = quantized = 0.0
+    residual = 0
+    for done, row in enumerate(windows):
+        report("evidence", done, len(windows))
+        ids = row[None].to(model.device)
+        exact += _loss(model, ids, DynamicCache(config=model.config))
+        cache = SimulatedCache(model, strategy)
+        quantized += _loss(model, ids, cache)
+        residual = cache.options.residual_length
+    report("evidence", len(windows), len(windows))
+    tokens = windows.numel() - len(windows)
+    return {
+        "perplexity_exact": math.exp(exact / tokens),
+        "perplexity": math.exp(quantized / tokens),
+        "heldout_tokens": tokens,
+        "residual_length": residual,
+    }
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, cache: Any) -> float:
+    logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and frozen parameters while this is open; afterwards the model is as it was."""
+    attached, training = is_attached(model), {module: module.training for module in model.modules()}
+    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False):
+            yield
+    finally:
+        for parameter, wanted in frozen.items():
+            parameter.requires_grad_(wanted)
+        for module, mode in training.items():
+            module.training = mode
+        if not attached:
+            detach(model)
+
+
+def _silent(name: str, done: int, windows: int) -> None:
+    pass
