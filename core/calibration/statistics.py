@@ -110,7 +110,9 @@ class Extremes:
     def add(self, states: Tensor) -> None:
         """Take `states [batch, kv_heads, tokens, head_dim]` into account."""
         rows = states.float().permute(1, 3, 0, 2).flatten(2)
-        largest, smallest = (rows, rows) if self.kept is None else (torch.cat([k, rows], -1) for k in self.kept)
+        largest, smallest = (
+            (rows, rows) if self.kept is None else (torch.cat([k.to(rows.device), rows], -1) for k in self.kept)
+        )
         count = min(self._count, largest.shape[-1])
         self.kept = largest.topk(count, -1).values, smallest.topk(count, -1, largest=False).values
 

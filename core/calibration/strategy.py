@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -190,8 +191,11 @@ class CalibratedStrategy(Strategy):
         """The statistics of one side; raises ValueError where they were measured for other settings."""
         calibration = self._fitted_calibration()
         record = calibration.record
-        measured = record.layers[layer.index].views.get(side, {}) if layer.index in record.layers else {}
-        differing = [*_differing("", record.recipe.model_dump(), self.recipe().model_dump()),
+        if layer.index not in record.layers:
+            raise ValueError(f"{self.name}: the calibration {self._place()} lacks layer {layer.index}; calibrate again")
+        measured = record.layers[layer.index].views.get(side, {})
+        differing = [*_differing("", asdict(record.layers[layer.index].shape), asdict(layer)),
+                     *_differing("", record.recipe.model_dump(), self.recipe().model_dump()),
                      *_differing(f"{side} ", measured, view(formats, side))]  # fmt: skip
         if record.recipe.gradients:
             # what was weighted can be read unweighted
