@@ -1,32 +1,28 @@
 """Codebooks from a histogram, exact, beside scikit-learn's KMeans on the same histogram and on the samples themselves.
 
-`extra_info` holds each codebook's objective on the samples, and how many times the exact solver's that is.
+The samples are those of KVQuant's keys in the reference model: numbers on their grids, weighted by squared gradient
+times squared grid width. `extra_info` holds each codebook's objective on the samples, relative to the exact solver's.
 """
 
 import pytest
 import torch
 from torch import Tensor
 
+from cachequant import registry
+from cachequant.benchmarks import reference
+from cachequant.benchmarks.corpus import stdlib_text
 from cachequant.core.calibration.kmeans import objective, weighted_kmeans
+from cachequant.core.calibration.statistics import BINS, bin_centres, static_grid
+from cachequant.core.hf.taps import TapCache
+from cachequant.kernels.quantize import normalise
 
-SAMPLES = 200_000
-BINS = 2048
-
-
-def heavy_tailed() -> tuple[Tensor, Tensor]:
-    """Normalised states and the squares of their gradients, both `[samples]` float32: Student's t, 3 degrees."""
-    normal = torch.randn(2, 4, SAMPLES, generator=torch.Generator().manual_seed(0))
-    states, gradients = normal[:, 0] / normal[:, 1:].square().mean(dim=1).sqrt()
-    # as with one percent of outliers: the rest spans -1..1
-    states = states / states.abs().quantile(0.99)
-    inlier = states.abs() <= 1
-    return states[inlier], gradients[inlier] ** 2
+WINDOWS, LENGTH, LAYER = 4, 1024, 3
 
 
 def histogram(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The centres of equal bins over -1..1 and the weights that fell into each, both `[bins]`."""
+    """The centres of the bins over -1..1 and the weights that fell into each, both `[bins]`."""
     index = ((points + 1) * (BINS / 2)).long().clamp(max=BINS - 1)
-    return (torch.arange(BINS) + 0.5) * (2 / BINS) - 1, torch.bincount(index, weights.double(), minlength=BINS)
+    return bin_centres(), torch.bincount(index, weights.double(), minlength=BINS)
 
 
 def scikit_learn(points: Tensor, weights: Tensor, clusters: int) -> Tensor:
@@ -38,8 +34,29 @@ def scikit_learn(points: Tensor, weights: Tensor, clusters: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def samples():
-    return heavy_tailed()
+def samples() -> tuple[Tensor, Tensor]:
+    """Normalised keys of one layer and their weights, both `[samples]` float32."""
+    model, tokenizer = reference.load()
+    model.requires_grad_(False)
+    ids = torch.tensor(tokenizer(stdlib_text("train").text[:100_000], verbose=False).input_ids)
+    windows = ids[: WINDOWS * LENGTH].view(WINDOWS, LENGTH)
+    strategy = registry.get("kvquant")().calibrate(model, None, windows, samples=WINDOWS, heldout=0)
+    points, weights = [], []
+
+    def observe(layer, side, states, gradient):
+        if (layer.index, side) == (LAYER, "key"):
+            statistics = strategy.calibration.of(LAYER, "key")
+            tables = static_grid(statistics.low, statistics.high, layer.formats.key)
+            normalised, width = normalise(states, layer.formats.key, "key", LENGTH, tables=tables)
+            inside = normalised.abs() <= 1
+            points.append(normalised[inside])
+            weights.append((gradient.square() * width.square())[inside])
+
+    for window in windows:
+        logits = model(window[None], past_key_values=TapCache(model, strategy, observe, gradients=True)).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], window[1:], reduction="sum").backward()
+    weight = torch.cat(weights)
+    return torch.cat(points), weight / weight.mean()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +69,7 @@ def samples():
 )
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codebook(benchmark, samples, solver, binned, bits):
-    benchmark.group = f"codebook of {bits} bits from {SAMPLES:,} samples"
+    benchmark.group = f"codebook of {bits} bits from {len(samples[0]):,} keys"
     data = histogram(*samples) if binned else samples
     centres = benchmark.pedantic(solver, args=(*data, 2**bits), rounds=5, warmup_rounds=1)
     cost = objective(*samples, centres)

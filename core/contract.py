@@ -7,13 +7,14 @@ In a test file of your own::
         check(MyStrategy())
 
 or all at once: `contract.check_strategy(MyStrategy())`. A failed check raises `ContractError` with the strategy, the
-check and what was expected.
+check and what was expected. Strategies that have to be calibrated come as they are: the checks calibrate them.
 """
 
 import copy
 import itertools
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..kernels import quantize
-from ..kernels.format import LayerFormat, Side
+from ..kernels.format import Format, LayerFormat, Side
 from ..kernels.quantize import Tables
+from ..kernels.rotation import hadamard_rotate
+from .calibration import CalibratedStrategy, Calibration, Statistics
+from .calibration.statistics import Density, Extremes
 from .protocol import CacheQuantizer, LayerSpec, Strategy
 
 if TYPE_CHECKING:
@@ -54,10 +58,9 @@ def check_settings_are_frozen_strict_and_round_trip(strategy: CacheQuantizer) ->
     if not isinstance(strategy, Strategy):
         return  # a protocol implementation of another kind has no pydantic settings
     cls = type(strategy)
-    _require(
-        cls.model_validate(strategy.model_dump()) == strategy, strategy, "model_validate(model_dump()) to be equal"
-    )
-    _require(hash(strategy) == hash(copy.deepcopy(strategy)), strategy, "equal strategies to hash alike")
+    for each in (strategy, _for_model(strategy)):
+        _require(cls.model_validate(each.model_dump()) == each, each, "model_validate(model_dump()) to be equal")
+        _require(hash(each) == hash(copy.deepcopy(each)), each, "equal strategies to hash alike")
     try:
         cls.model_validate({**strategy.model_dump(), "no_such_field": 1})
     except ValidationError:
@@ -79,6 +82,24 @@ def check_formats_depend_on_the_layer_alone(strategy: CacheQuantizer) -> None:
         first is None or isinstance(first, LayerFormat), strategy, f"formats() to return a LayerFormat, got {first!r}"
     )
     _require(first == second, strategy, "formats() to give the same answer twice")
+    _require(_for_model(strategy).formats(LAYER) == first, strategy, "a calibration not to change formats()")
+
+
+def check_missing_and_foreign_calibrations_are_refused(strategy: CacheQuantizer) -> None:
+    """A strategy that needs a calibration says so, and how to get one; another model's it does not use."""
+    if not isinstance(strategy, CalibratedStrategy):
+        return
+    model = _model()
+    _require_refusal(strategy.with_calibration(None), model, "calibrate", "an uncalibrated strategy")
+    if strategy.calibration == "prompt":
+        return  # fits every model
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    ready = _for_model(strategy)
+    ready.require_model(model)
+    _require_refusal(ready, other, "another model", "a strategy calibrated for other weights")
 
 
 # ---- encode and decode ---------------------------------------------------------------------------------------------
@@ -151,7 +172,11 @@ def check_decoding_gives_back_shape_and_most_of_the_signal(strategy: CacheQuanti
 
 
 def check_constant_and_zero_states_decode_finite(strategy: CacheQuantizer) -> None:
-    """Vectors without a range neither divide by zero nor drift."""
+    """Vectors without a range neither divide by zero nor drift.
+
+    A grid made for them gives them back within 2 %. A static grid was made for other states: what lies on it comes
+    back within its widest step, what lies beyond it as its end or, from an outlier slot, as it was.
+    """
     for side, formats in _sides(strategy):
         for constant in (0.0, 1.5, -3.0):
             states = torch.full_like(_states(formats), constant)
@@ -159,12 +184,19 @@ def check_constant_and_zero_states_decode_finite(strategy: CacheQuantizer) -> No
             _require(
                 bool(decoded.isfinite().all()), strategy, f"constant {side}s {constant} to decode to finite numbers"
             )
-            worst = float((decoded - states).abs().max())
-            _require(worst <= 0.02 * abs(constant), strategy, f"constant {side}s {constant} within 2 %, off by {worst}")
+            fmt: Format = getattr(formats, side)
+            if fmt.packed and fmt.scale == "static":
+                worst = _off_the_grid(decoded, states, fmt, _tables(strategy, side, _states(formats)))
+                _require(worst <= 1.01, strategy, f"constant {side}s {constant} within a step, off by {worst} steps")
+            else:
+                worst = float((decoded - states).abs().max())
+                _require(
+                    worst <= 0.02 * abs(constant), strategy, f"constant {side}s {constant} within 2 %, off by {worst}"
+                )
 
 
 def check_padding_does_not_disturb_real_tokens(strategy: CacheQuantizer) -> None:
-    """Enormous values in tokens marked invalid do not coarsen the grid of the valid ones."""
+    """Enormous values in tokens marked invalid do not coarsen the grid of the valid ones, nor what is fitted to them."""
     for side, formats in _sides(strategy):
         states = _states(formats)
         valid = torch.ones(states.shape[0], states.shape[2], dtype=torch.bool)
@@ -202,7 +234,7 @@ def check_streaming_equals_the_simulation(strategy: CacheQuantizer) -> None:
     tokens = _tokens(2, 180 + _block(strategy))
     with torch.no_grad():
         simulated = model(
-            tokens, past_key_values=SimulatedCache(model, strategy, prefill=60, chunk=37, **OPTIONS)
+            tokens, past_key_values=SimulatedCache(model, _for_model(strategy), prefill=60, chunk=37, **OPTIONS)
         ).logits
         streamed = _stream(model, _cache(model, strategy), tokens, 60, 37)
     worst = float((simulated - streamed).abs().max())
@@ -284,7 +316,7 @@ def check_saved_caches_resume(strategy: CacheQuantizer) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "cache.safetensors"
         cache.save(path)
-        loaded = PackedCache.load(path, model, strategy)
+        loaded = PackedCache.load(path, model, _for_model(strategy))
         pair = [model(tokens[:, -1:], past_key_values=c).logits for c in (cache, loaded)]
     _require(torch.equal(*pair), strategy, "a cache read back from its file to give the same logits")
 
@@ -319,6 +351,15 @@ def _require(condition: bool, strategy: CacheQuantizer, expectation: str) -> Non
         raise _failure(strategy, expectation)
 
 
+def _require_refusal(strategy: CacheQuantizer, model: Any, wanted: str, what: str) -> None:
+    try:
+        strategy.require_model(model)
+    except ValueError as error:
+        _require(wanted in str(error), strategy, f"the refusal of {what} to say {wanted!r}, got {str(error)!r}")
+    else:
+        raise _failure(strategy, f"{what} to be refused by require_model with a ValueError")
+
+
 def _failure(strategy: CacheQuantizer, expectation: str) -> ContractError:
     return ContractError(f"strategy {strategy.name!r} ({strategy!r}): expected {expectation}")
 
@@ -344,23 +385,92 @@ def _states(formats: LayerFormat, blocks: int = 2) -> Tensor:
 def _encode(strategy: CacheQuantizer, side: Side, states: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
     formats = strategy.formats(LAYER)
     assert formats is not None
-    return strategy.encode(states, getattr(formats, side), side, formats.block, valid, _tables(strategy, side, formats))
+    # fitted to other states than are encoded, unless padding is what matters
+    tables = _tables(strategy, side, _states(formats) if valid is None else states, valid)
+    return _for_states(strategy).encode(states, getattr(formats, side), side, formats.block, valid, tables)
 
 
-def _tables(strategy: CacheQuantizer, side: Side, formats: LayerFormat) -> Tables:
-    return strategy.tables(LAYER, side, _states(formats, blocks=1), None)
-
-
-def _decode(strategy: CacheQuantizer, side: Side, packed: dict[str, Tensor], formats: LayerFormat) -> Tensor:
-    fmt, tables = getattr(formats, side), _tables(strategy, side, formats)
+def _decode(
+    strategy: CacheQuantizer, side: Side, packed: dict[str, Tensor], formats: LayerFormat, tables: Tables | None = None
+) -> Tensor:
+    fmt = getattr(formats, side)
+    tables = tables or _tables(strategy, side, _states(formats))
     if fmt.codes == "custom":
-        return strategy.decode(packed, fmt, side, formats.block, tables)
+        return _for_states(strategy).decode(packed, fmt, side, formats.block, tables)
     return quantize.decode(packed, fmt, side, LAYER.head_dim, formats.block, tables)
 
 
+def _tables(strategy: CacheQuantizer, side: Side, states: Tensor, valid: Tensor | None = None) -> Tables:
+    """The strategy's tables, given the first block of `states`."""
+    block = _block(strategy)
+    return _for_states(strategy).tables(LAYER, side, states[:, :, :block], None if valid is None else valid[:, :block])
+
+
 def _error(strategy: CacheQuantizer, side: Side, states: Tensor, formats: LayerFormat, real: Tensor) -> float:
-    packed = _encode(strategy, side, states, real[:, 0, :, 0])
-    return float(((_decode(strategy, side, packed, formats) - states) * real).square().mean())
+    valid = real[:, 0, :, 0]
+    packed = _encode(strategy, side, states, valid)
+    decoded = _decode(strategy, side, packed, formats, _tables(strategy, side, states, valid))
+    return float(((decoded - states) * real).square().mean())
+
+
+def _off_the_grid(decoded: Tensor, states: Tensor, fmt: Format, tables: Tables) -> float:
+    """How far the worst number is from where it was, or from the end of its static grid, in the grid's widest steps."""
+    if fmt.rotation == "hadamard":
+        decoded, states = hadamard_rotate(decoded), hadamard_rotate(states)
+    levels = torch.arange(2.0**fmt.bits) if tables.codebook is None else tables.codebook
+    scale, zero = (number[:, 0, 0, 0, :, None] for number in quantize.decode_grid({}, fmt, tables))
+    points = (scale * levels + zero)[:, None]  # [kv_heads, 1, head_dim, levels]
+    nearest = torch.clamp(states, points[..., 0], points[..., -1])
+    off = torch.minimum((decoded - states).abs(), (decoded - nearest).abs())
+    return float((off / points.diff(dim=-1).amax(-1).clamp(min=1e-6)).max())
+
+
+# ---- calibrating ---------------------------------------------------------------------------------------------------
+
+
+def _for_model(strategy: CacheQuantizer) -> Any:
+    """The strategy ready to serve the tiny model: calibrated for it, if it is one that has to be."""
+    if not isinstance(strategy, CalibratedStrategy) or strategy.calibration == "prompt":
+        return strategy
+    return _calibrated(strategy)
+
+
+def _for_states(strategy: CacheQuantizer) -> Any:
+    """The strategy ready to pack `_states`."""
+    if not isinstance(strategy, CalibratedStrategy) or strategy.calibration == "prompt":
+        return strategy
+    return _calibrated_to_states(strategy)
+
+
+@lru_cache(maxsize=64)
+def _calibrated(strategy: CalibratedStrategy) -> CalibratedStrategy:
+    return strategy.calibrate(_model(), None, _tokens(3, 2 * _block(strategy)), samples=3, heldout=0)
+
+
+@lru_cache(maxsize=64)
+def _calibrated_to_states(strategy: CalibratedStrategy) -> CalibratedStrategy:
+    calibration = _calibrated(strategy).calibration
+    assert isinstance(calibration, Calibration)
+    measured: dict[Side, Statistics] = {side: _measured(strategy, side, formats) for side, formats in _sides(strategy)}
+    return strategy.with_calibration(Calibration(calibration.record, {LAYER.index: measured}))
+
+
+def _measured(strategy: CalibratedStrategy, side: Side, formats: LayerFormat) -> Statistics:
+    """What a calibration finds in `_states`."""
+    fmt: Format = getattr(formats, side)
+    states, recipe = _states(formats), strategy.recipe()
+    low = high = None
+    grid = Tables()
+    if fmt.scale == "static":
+        extremes = Extremes(states.shape[0] * states.shape[2], recipe.outliers)
+        extremes.add(states)
+        low, high = extremes.bounds()
+        grid = Statistics(torch.empty(0), low, high).grid(fmt)
+    normalised, width = quantize.normalise(states, fmt, side, formats.block, None, grid)
+    density = Density()
+    density.add(normalised, width, torch.ones_like(normalised, dtype=torch.bool))
+    sensitivity = torch.linspace(0.1, 1, LAYER.head_dim).expand(LAYER.kv_heads, -1) if recipe.gradients else None
+    return Statistics(density.mass.float(), low, high, sensitivity)
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -380,7 +490,7 @@ def _tokens(batch: int, length: int) -> Tensor:
 def _cache(model: Any, strategy: CacheQuantizer, **options: Any) -> "PackedCache":
     from .hf.cache import PackedCache
 
-    return PackedCache(model, strategy, **{**OPTIONS, **options})
+    return PackedCache(model, _for_model(strategy), **{**OPTIONS, **options})
 
 
 def _filled(model: Any, strategy: CacheQuantizer) -> tuple["PackedCache", Tensor]:
