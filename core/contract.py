@@ -196,7 +196,7 @@ def check_constant_and_zero_states_decode_finite(strategy: CacheQuantizer) -> No
 
 
 def check_padding_does_not_disturb_real_tokens(strategy: CacheQuantizer) -> None:
-    """Enormous values in tokens marked invalid do not coarsen the grid of the valid ones, nor what is fitted to them."""
+    """Enormous values in tokens marked invalid coarsen neither the grid of the valid ones nor a fit to them."""
     for side, formats in _sides(strategy):
         states = _states(formats)
         valid = torch.ones(states.shape[0], states.shape[2], dtype=torch.bool)
@@ -385,7 +385,7 @@ def _states(formats: LayerFormat, blocks: int = 2) -> Tensor:
 def _encode(strategy: CacheQuantizer, side: Side, states: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
     formats = strategy.formats(LAYER)
     assert formats is not None
-    # fitted to other states than are encoded, unless padding is what matters
+    # one fit for all that is encoded, unless padding is what matters
     tables = _tables(strategy, side, _states(formats) if valid is None else states, valid)
     return _for_states(strategy).encode(states, getattr(formats, side), side, formats.block, valid, tables)
 
@@ -432,14 +432,14 @@ def _for_model(strategy: CacheQuantizer) -> Any:
     """The strategy ready to serve the tiny model: calibrated for it, if it is one that has to be."""
     if not isinstance(strategy, CalibratedStrategy) or strategy.calibration == "prompt":
         return strategy
-    return _calibrated(strategy)
+    return _calibrated(strategy)  # type: ignore[arg-type] (frozen models hash)
 
 
 def _for_states(strategy: CacheQuantizer) -> Any:
     """The strategy ready to pack `_states`."""
     if not isinstance(strategy, CalibratedStrategy) or strategy.calibration == "prompt":
         return strategy
-    return _calibrated_to_states(strategy)
+    return _calibrated_to_states(strategy)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
@@ -449,7 +449,7 @@ def _calibrated(strategy: CalibratedStrategy) -> CalibratedStrategy:
 
 @lru_cache(maxsize=64)
 def _calibrated_to_states(strategy: CalibratedStrategy) -> CalibratedStrategy:
-    calibration = _calibrated(strategy).calibration
+    calibration = _for_model(strategy).calibration
     assert isinstance(calibration, Calibration)
     measured: dict[Side, Statistics] = {side: _measured(strategy, side, formats) for side, formats in _sides(strategy)}
     return strategy.with_calibration(Calibration(calibration.record, {LAYER.index: measured}))

@@ -135,6 +135,10 @@ class Strategy(BaseModel):
         """See `CacheQuantizer.decode`."""
         raise NotImplementedError(f"strategy {self.name!r} uses codes='custom' and must define decode(...)")
 
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as JSON: what a saved cache must be read with. Where files lie is no part of it."""
+        return {"name": self.name, **self.model_dump(mode="json")}
+
     def on(self, model: "PreTrainedModel", **cache_options: Any) -> AbstractContextManager[Any]:
         """Context in which every `model.generate` without a cache of its own gets a fresh `PackedCache`.
 

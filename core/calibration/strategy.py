@@ -119,6 +119,11 @@ class CalibratedStrategy(Strategy):
             api.create_repo(repo_id, exist_ok=True, **options)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
+    def describe(self) -> dict[str, Any]:
+        """The calibration by its contents, so that a cache outlives the folder's name."""
+        digest = self.calibration.digest if isinstance(self.calibration, Calibration) else self.calibration
+        return {**super().describe(), "calibration": digest}
+
     # ---- what the cache calls --------------------------------------------------------------------------------------
 
     def require_model(self, model: "PreTrainedModel") -> None:

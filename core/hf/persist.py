@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..protocol import CacheQuantizer
+from ..protocol import CacheQuantizer, Strategy
 from .attach import attention_modules
 from .identity import identity
 from .layer import PackedLayer
@@ -104,11 +104,11 @@ def _fill(
 
 
 def _describe(strategy: CacheQuantizer) -> dict[str, Any]:
-    if not isinstance(strategy, BaseModel):
+    if not isinstance(strategy, Strategy):
         raise TypeError(
             f"a cache of {strategy!r} cannot be saved or loaded: its settings are unknown; derive it from Strategy"
         )
-    return {"name": strategy.name, **strategy.model_dump(mode="json")}
+    return strategy.describe()
 
 
 class _Header(BaseModel):
