@@ -42,12 +42,12 @@ class KVQuant(CalibratedStrategy):
         default="paper", description="Where the two differ: weights F*s**2 or F; sinks out of the key ranges or in."
     )
     weights: Weights | None = Field(default=None, description="Of the codebook fit; None: as the profile has them.")
-    key_scale: Literal["channel", "block", "token"] = Field(
-        default="channel",
+    key_scale: Literal["static", "channel", "token"] = Field(
+        default="static",
         description="Keys: one grid per channel, from the calibration; one per channel and block; or one per token.",
     )
     key_rope: Literal["pre", "post"] = Field(default="pre", description="Quantize keys before or after RoPE.")
-    value_scale: Literal["token", "channel", "block"] = Field(
+    value_scale: Literal["token", "channel", "static"] = Field(
         default="token", description="Values: one grid per token, or per channel as for keys."
     )
     block: Literal[32, 64, 128, 256] = Field(default=128, description="Tokens packed at a time.")
@@ -57,6 +57,10 @@ class KVQuant(CalibratedStrategy):
         if self.calibration == "prompt" and self.weights == "fisher":
             raise ValueError("calibration='prompt' has no gradients; leave weights unset, or use 'equal'")
         return self
+
+    def needs_statistics(self) -> bool:
+        """NormalFloat and equal steps on online grids are fitted to nothing."""
+        return self.datatype == "nuq" or self.q_norm or "static" in (self.key_scale, self.value_scale)
 
     def cache_options(self) -> dict[str, Any]:
         """Sinks stay exact."""
@@ -85,17 +89,17 @@ class KVQuant(CalibratedStrategy):
     def _weights(self) -> Weights:
         return self.weights or ("fisher-scaled" if self.profile == "paper" else "fisher")
 
-    def _format(self, side: Side, bits: Bits | None, scale: Literal["channel", "block", "token"], dim: int) -> Format:
-        # a prompt's ranges do not hold for what follows it: its channels get a range per block
-        static = scale == "channel" and self.calibration != "prompt"
+    def _format(self, side: Side, bits: Bits | None, scale: Literal["static", "channel", "token"], dim: int) -> Format:
+        if scale == "static" and self.calibration == "prompt":
+            scale = "channel"  # a prompt's ranges do not hold for what follows it
         row = dim if side == "key" else self.block
         vector = dim if scale == "token" else self.block
         return Format(
             codes="affine" if self.datatype == "int" else "codebook",
             bits=bits or self.bits,
-            scale="static" if static else "token" if scale == "token" else "channel",
+            scale=scale,
             outliers=_slots(self.outliers, row),
-            trim=0 if static else _slots(self.outliers / 2, vector),
+            trim=0 if scale == "static" else _slots(self.outliers / 2, vector),
         )
 
 

@@ -62,12 +62,16 @@ class CalibratedStrategy(Strategy):
         """The tables of one side of one layer."""
         raise NotImplementedError(f"strategy {self.name!r} must define fit(layer, side, fmt, statistics)")
 
+    def needs_statistics(self) -> bool:
+        """Whether these settings are fitted to anything; if not, the strategy works without a calibration."""
+        return True
+
     # ---- calibrating, saving, loading ------------------------------------------------------------------------------
 
     @property
     def calibrated(self) -> bool:
-        """Whether the strategy was calibrated, or fits itself to the prompt."""
-        return self.calibration is not None
+        """Whether the strategy can be used as it is: calibrated, fitting itself to the prompt, or fitted to nothing."""
+        return self.calibration is not None or not self.needs_statistics()
 
     def calibrate(
         self,
@@ -128,7 +132,7 @@ class CalibratedStrategy(Strategy):
 
     def require_model(self, model: "PreTrainedModel") -> None:
         """Raise ValueError unless calibrated, for this model and these settings."""
-        if self.calibration == "prompt":
+        if self.calibration == "prompt" or (self.calibration is None and self.calibrated):
             return
         record = self._fitted_calibration().record
         from ..hf.identity import differences
@@ -147,7 +151,7 @@ class CalibratedStrategy(Strategy):
 
     def tables(self, layer: LayerSpec, side: Side, first: Tensor, valid: Tensor | None) -> Tables:
         """Fitted to the calibration, or to `first` with `calibration="prompt"`."""
-        if self.calibration != "prompt":
+        if isinstance(self.calibration, Calibration):
             return _calibrated_tables(self, layer, side)  # type: ignore[arg-type] (frozen models hash)
         formats = self.formats(layer)
         assert formats is not None  # tables are asked for packed layers only
@@ -160,6 +164,8 @@ class CalibratedStrategy(Strategy):
         """
         formats = self.formats(layer)
         assert formats is not None  # tables are asked for packed layers only
+        if self.calibration is None and self.calibrated:
+            return Statistics(Density().mass.float())
         if self.calibration != "prompt":
             return self._suitable(layer, side, formats)
         fmt: Format = getattr(formats, side)
