@@ -124,11 +124,14 @@ def main(
         others = leaderboard.candidates(also or [])
     except (LookupError, ValueError) as error:
         raise typer.BadParameter(leaderboard.message(error), param_hint="--vary") from error
+    chosen = [*candidates.values(), *others]
+    calibrating = any(map(leaderboard.needs_calibration, chosen))
     try:
-        board, subjects = prepare(model, text, windows=windows, twin=twin, calibration_text=calibration_text)
+        board, subjects = prepare(
+            model, text, windows=windows, twin=twin, calibration_text=calibration_text, calibrating=calibrating
+        )
     except Unusable as error:
         raise typer.BadParameter(str(error), param_hint=error.option) from error
-    chosen = [*candidates.values(), *others]
     measured = leaderboard.run(subjects, chosen)
     rows = list(track(measured, total=len(chosen) * len(subjects), console=Console(stderr=True)))
     board = board.with_rows(rows)

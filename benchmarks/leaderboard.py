@@ -11,6 +11,8 @@ from transformers import DynamicCache
 
 from .. import registry
 from ..core import MemoryReport, PackedCache, detach
+from ..core.calibration import CalibratedStrategy
+from .calibration import CalibrationCard, Calibrator
 from .environment import Environment
 from .metrics import Accuracy, pareto_front
 from .streaming import ExactRun, Protocol
@@ -70,7 +72,10 @@ class Row(BaseModel):
     """The spec that `registry.parse` turns back into the strategy."""
     memory: Memory | None = None
     accuracy: Accuracy | None = None
+    calibration: CalibrationCard | None = None
+    """What it was calibrated on for this row; None if it needs no calibration, or the spec names one."""
     seconds: float = 0.0
+    """Without the calibration."""
     error: str | None = None
     pareto: bool = False
     """No other row of the panel has at most its bits and at most its mean divergence, one of them smaller."""
@@ -95,17 +100,25 @@ class Leaderboard(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure on, and its exact run."""
+    """A model to measure on, its exact run, and what calibrates strategies for it: None refuses those that need it."""
 
     card: ModelCard
     model: Any
     exact: ExactRun
+    calibrator: Calibrator | None = None
 
     @classmethod
-    def of(cls, card: ModelCard, model: Any, windows: Tensor, protocol: Protocol) -> "Subject":
+    def of(
+        cls, card: ModelCard, model: Any, windows: Tensor, protocol: Protocol, calibrator: Calibrator | None = None
+    ) -> "Subject":
         """Run `model` exactly, in the eyes of transformers alone: nothing of ours is attached to it."""
         detach(model)
-        return cls(card, model, ExactRun(model, windows, protocol, lambda: DynamicCache(config=model.config)))
+        exact = ExactRun(model, windows, protocol, lambda: DynamicCache(config=model.config))
+        return cls(card, model, exact, calibrator)
+
+    def ready(self, strategy: Any) -> tuple[Any, CalibrationCard | None]:
+        """The strategy, calibrated for this model if it needs that, and what it learned from then."""
+        return (strategy, None) if self.calibrator is None else self.calibrator.ready(strategy)
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,15 @@ def candidates(specs: Iterable[str]) -> list[Candidate]:
     return [Candidate(registry.spec(strategy), lambda strategy=strategy: strategy) for strategy in parsed]
 
 
+def needs_calibration(candidate: Candidate) -> bool:
+    """Whether it has to be calibrated before it can be measured."""
+    try:
+        strategy = candidate.build()
+    except Exception:
+        return False  # told when the leaderboard comes to it
+    return isinstance(strategy, CalibratedStrategy) and not strategy.calibrated
+
+
 def run(subjects: Iterable[Subject], candidates: Iterable[Candidate]) -> Iterator[Row]:
     """Measure every candidate on every subject, strategy by strategy; a failure is a row, not the end."""
     subjects = list(subjects)
@@ -154,8 +176,11 @@ def measure(subject: Subject, candidate: Candidate) -> Row:
     row = Row(panel=subject.card.panel, strategy=candidate.spec)
     start = time.perf_counter()
     try:
+        strategy, card = subject.ready(candidate.build())
+        row = row.model_copy(update={"calibration": card})
+        start = time.perf_counter()
         protocol = subject.exact.protocol
-        cache = PackedCache(subject.model, candidate.build(), residual_length=protocol.residual_length)
+        cache = PackedCache(subject.model, strategy, residual_length=protocol.residual_length)
         accuracy = subject.exact.compare(subject.model, cache)
         memory = summarize_memory(cache.memory())
     except Exception as error:

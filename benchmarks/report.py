@@ -79,9 +79,27 @@ def describe(board: Leaderboard) -> str:
         "Bits as held at the end of the windows, all included; vs 16-bit: how many times smaller than a 16-bit cache.",
         f"KL to the unquantized model in nats per token. {models}.",
         f"Text: {board.text.name}, sha256 {board.text.sha256[:12]}. {board.environment}.",
+        *_calibrations(board),
         *board.notes,
     ]
     return "\n".join(lines)
+
+
+def _calibrations(board: Leaderboard) -> list[str]:
+    """One line for those that had to learn from a text before; rows that read the same statistics share a card."""
+    learned = [row for row in board.rows if row.calibration]
+    if not learned:
+        return []
+    cards = {(row.panel, row.calibration): row.calibration for row in learned if row.calibration}.values()
+    texts = dict.fromkeys(
+        f"{card.windows} windows of {card.length} tokens of the text {card.text}, sha256 {card.sha256[:12]}"
+        for card in cards
+    )
+    specs = ", ".join(dict.fromkeys(row.strategy for row in learned))
+    return [
+        f"Calibrated for each model first, on {'; '.join(texts)}; {len(cards)} calibrations took "
+        f"{sum(card.seconds for card in cards):.0f} s: {specs}."
+    ]
 
 
 def write_json(board: Leaderboard, folder: Path) -> None:
@@ -112,8 +130,8 @@ def _csv(board: Leaderboard) -> str:
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    line = row.model_dump(exclude={"memory", "accuracy"})
-    for name in ("memory", "accuracy"):
+    line = row.model_dump(exclude={"memory", "accuracy", "calibration"})
+    for name in ("memory", "accuracy", "calibration"):
         part = getattr(row, name)
         line |= {f"{name}_{field}": value for field, value in part.model_dump().items()} if part else {}
     return line

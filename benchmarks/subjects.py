@@ -2,19 +2,24 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ..core.hf.calibrate import cut
 from . import reference
+from .calibration import SAMPLES, CalibrationText, Calibrator
 from .corpus import stdlib_text
 from .environment import Environment
 from .leaderboard import Leaderboard, ModelCard, Subject, TextCard, message
 from .streaming import Protocol, cut_windows
 
 REFERENCE, TWIN = "reference", "outlier twin"
+
+# Where a model names no context, it has no positions to run out of.
+UNLIMITED = 2**20
 
 # Weights beyond this are not read for the sake of naming them.
 HASHED_BYTES = 2**30
@@ -38,65 +43,125 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     twin: bool = True,
+    calibration_text: Path | None = None,
+    calibration_samples: int = SAMPLES,
+    calibrating: bool = False,
 ) -> tuple[Leaderboard, list[Subject]]:
     """An empty leaderboard, and the models with their exact runs.
 
     model: a folder or hub name; the bundled reference when None.
     text: a UTF-8 file; the held-out standard library when None.
     twin: also make the model's outlier twin. Where that is impossible a note says why.
+    calibration_text: what strategies learn from; the rest of the standard library when None.
+    calibrating: whether some will, so that notes have to say what is odd about it.
 
     Raises Unusable.
     """
-    models, tokenizer, notes = _models(model, dtype, device, twin)
-    name, content = _text(text)
+    notes: list[str] = []
+    panel, loaded, tokenizer = load_model(model, dtype, device)
+    models = [(panel, loaded)]
+    if twin:
+        try:
+            models.append((TWIN, _twin(model, loaded, dtype, device)))
+        except ValueError as error:
+            notes.append(f"no outlier twin: {message(error)}")
+    name, content = read_text(text, "heldout", "--text")
+    learned = None if calibration_text is None else read_text(calibration_text, "train", "--calibration-text")
+    if learned is not None and learned[1] == content:
+        raise Unusable(f"{calibration_text} is the text that is measured; calibrate on another", "--calibration-text")
+    if text is not None and learned is None and calibrating:
+        notes.append(
+            f"strategies are calibrated on Python's standard library, not on text like {name}; "
+            "--calibration-text gives another"
+        )
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
-    # a model that names no context has no positions to run out of
-    context = getattr(models[0][1].config.get_text_config(decoder=True), "max_position_embeddings", 2**20)
+    context = context_of(loaded)
     try:
         protocol = Protocol.fitting(context, windows, window_length, residual_length)
     except ValueError as error:
         raise Unusable(message(error), "--window-length") from error
     try:
-        cut = cut_windows(ids, protocol, tokenizer.bos_token_id)
+        chosen = cut_windows(ids, protocol, tokenizer.bos_token_id)
     except ValueError as error:
         raise Unusable(message(error), "--text") from error
     weights = _weights_hash(reference.FOLDER if model is None else Path(model).expanduser())
     cards = tuple(_card(panel, each, context, weights) for panel, each in models)
     board = Leaderboard(
         protocol=protocol,
-        environment=Environment.current(str(models[0][1].device)),
+        environment=Environment.current(str(loaded.device)),
         text=TextCard(name=name, sha256=hashlib.sha256(content.encode()).hexdigest(), tokens=len(ids)),
         models=cards,
         notes=tuple(notes),
     )
-    return board, [Subject.of(card, each, cut, protocol) for card, (_, each) in zip(cards, models, strict=True)]
+    learnable = CalibrationText(
+        lambda: learned or read_text(None, "train", "--calibration-text"), tokenizer, calibration_samples
+    )
+    return board, [
+        Subject.of(card, each, chosen, protocol, Calibrator(each, learnable))
+        for card, (_, each) in zip(cards, models, strict=True)
+    ]
 
 
-def _models(name: str | None, dtype: torch.dtype, device: str, twin: bool) -> tuple[list[tuple[str, Any]], Any, list]:
-    """Models by panel, their tokenizer, and notes."""
+def calibration_windows(
+    model: Any, tokenizer: Any, text: str, samples: int, length: int | None, heldout: int
+) -> torch.Tensor:
+    """Token ids `[samples + heldout, length]`, as `core.hf.calibrate.calibrate` takes them.
+
+    Raises Unusable.
+    """
+    context = context_of(model)
+    if length is not None and not 2 <= length <= context:
+        raise Unusable(f"windows of {length} tokens: use 2 to {context}, the model's context", "--length")
+    try:
+        return torch.cat(cut(model, tokenizer, text, samples, length, heldout))
+    except ValueError as error:
+        raise Unusable(message(error), "--text") from error
+
+
+def load_model(name: str | None, dtype: torch.dtype, device: str) -> tuple[str, Any, Any]:
+    """What to call the model, the model and its tokenizer; the bundled reference when `name` is None.
+
+    Raises Unusable.
+    """
     logging.disable_progress_bar()
-    notes: list[str] = []
     try:
         if name is None:
             model, tokenizer = reference.load(dtype)
-            models = [(REFERENCE, model)]
-            if twin:
-                models.append((TWIN, reference.load(dtype, twin=True)[0]))
-        else:
-            panel, source = _source(name)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
-            model = loaded.eval()
-            models = [(panel, model)]
-            if twin:
-                try:
-                    models.append((TWIN, reference.outlier_twin(model)))
-                except ValueError as error:
-                    notes.append(f"no outlier twin: {message(error)}")
-        return [(panel, each.to(device)) for panel, each in models], tokenizer, notes
+            return REFERENCE, model.to(device), tokenizer
+        panel, source = _source(name)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        return panel, loaded.eval().to(device), tokenizer
     except Exception as error:
         # from_pretrained raises whatever the file formats' readers raise
         raise Unusable(f"cannot load the model: {message(error)}", "--model") from error
+
+
+def read_text(path: Path | None, split: Literal["train", "heldout"], option: str) -> tuple[str, str]:
+    """Name and content of a UTF-8 file; of a part of the standard library when `path` is None.
+
+    Raises Unusable, naming `option`.
+    """
+    try:
+        if path is not None:
+            return path.name, path.read_text(encoding="utf-8")
+        corpus = stdlib_text(split)
+    except OSError as error:
+        raise Unusable(f"cannot read {path}: {error.strerror}" if path else message(error), option) from error
+    except UnicodeDecodeError as error:
+        raise Unusable(f"cannot read {path} as UTF-8: {error}", option) from error
+    kind = "held-out" if split == "heldout" else "training part of the"
+    return f"{kind} standard library of Python {corpus.python}", corpus.text
+
+
+def context_of(model: Any) -> int:
+    """Tokens the model takes."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or UNLIMITED
+
+
+def _twin(name: str | None, model: Any, dtype: torch.dtype, device: str) -> Any:
+    # the reference's is made in float32 and rounded once
+    return reference.outlier_twin(model) if name is not None else reference.load(dtype, twin=True)[0].to(device)
 
 
 def _source(name: str) -> tuple[str, str | Path]:
@@ -107,19 +172,6 @@ def _source(name: str) -> tuple[str, str | Path]:
     if name.count("/") != 1:
         raise FileNotFoundError(f"there is no folder {name!r}; give a model's folder or its hub name, owner/model")
     return name, name
-
-
-def _text(path: Path | None) -> tuple[str, str]:
-    """Name and content."""
-    try:
-        if path is not None:
-            return path.name, path.read_text(encoding="utf-8")
-        corpus = stdlib_text("heldout")
-    except OSError as error:
-        raise Unusable(f"cannot read {path}: {error.strerror}" if path else message(error), "--text") from error
-    except UnicodeDecodeError as error:
-        raise Unusable(f"cannot read {path} as UTF-8: {error}", "--text") from error
-    return f"held-out standard library of Python {corpus.python}", corpus.text
 
 
 def _card(panel: str, model: Any, context: int, weights: str | None) -> ModelCard:

@@ -87,7 +87,7 @@ def check_formats_depend_on_the_layer_alone(strategy: CacheQuantizer) -> None:
 
 def check_missing_and_foreign_calibrations_are_refused(strategy: CacheQuantizer) -> None:
     """A strategy that needs a calibration says so, and how to get one; another model's it does not use."""
-    if not isinstance(strategy, CalibratedStrategy):
+    if not isinstance(strategy, CalibratedStrategy) or not strategy.needs_statistics():
         return
     model = _model()
     _require_refusal(strategy.with_calibration(None), model, "calibrate", "an uncalibrated strategy")
@@ -430,16 +430,21 @@ def _off_the_grid(decoded: Tensor, states: Tensor, fmt: Format, tables: Tables) 
 
 def _for_model(strategy: CacheQuantizer) -> Any:
     """The strategy ready to serve the tiny model: calibrated for it, if it is one that has to be."""
-    if not isinstance(strategy, CalibratedStrategy) or strategy.calibration == "prompt":
-        return strategy
-    return _calibrated(strategy)  # type: ignore[arg-type] (frozen models hash)
+    return _calibrated(strategy) if _has_to_be_calibrated(strategy) else strategy  # type: ignore[arg-type]
 
 
 def _for_states(strategy: CacheQuantizer) -> Any:
     """The strategy ready to pack `_states`."""
-    if not isinstance(strategy, CalibratedStrategy) or strategy.calibration == "prompt":
-        return strategy
-    return _calibrated_to_states(strategy)  # type: ignore[arg-type]
+    return _calibrated_to_states(strategy) if _has_to_be_calibrated(strategy) else strategy  # type: ignore[arg-type]
+
+
+def _has_to_be_calibrated(strategy: CacheQuantizer) -> bool:
+    """Or calibrated again, if it was for another model."""
+    return (
+        isinstance(strategy, CalibratedStrategy)
+        and strategy.calibration != "prompt"
+        and (strategy.needs_statistics() or strategy.calibration is not None)
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,9 +1,11 @@
 """The harness measures what it says it measures: metrics by hand, streaming against transformers, files, commands."""
 
 import csv
+import hashlib
 import io
 import json
 import math
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,13 +16,16 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from typer.testing import CliRunner
 
 from cachequant import registry
-from cachequant.benchmarks import leaderboard, metrics, report, speed
+from cachequant.benchmarks import leaderboard, metrics, report, speed, subjects
+from cachequant.benchmarks.calibration import CalibrationText, Calibrator
 from cachequant.benchmarks.chart import short_label
 from cachequant.benchmarks.cli import app
+from cachequant.benchmarks.corpus import Corpus
 from cachequant.benchmarks.environment import Environment
 from cachequant.benchmarks.leaderboard import Candidate, Leaderboard, ModelCard, Row, Subject, TextCard
 from cachequant.benchmarks.streaming import ExactRun, Protocol, cut_windows, stream
 from cachequant.core import Format, LayerFormat, LayerSpec, MemoryReport, PackedCache, SimulatedCache, Strategy, detach
+from cachequant.core.calibration import CalibratedStrategy
 
 VOCABULARY = 64
 PROTOCOL = Protocol(windows=2, length=208, prefill=80, chunk=32, residual_length=16)
@@ -47,8 +52,8 @@ class Crashing(Crude):
         raise RuntimeError("no kernel\nfor this [device]")
 
 
-def build_model(context: int = 256) -> Any:
-    torch.manual_seed(0)
+def build_model(context: int = 256, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -288,6 +293,119 @@ def test_measuring_leaves_the_model_its_own_attention(board, model):
     assert model.config._attn_implementation == "sdpa"
 
 
+# --- calibration
+
+LEARNED = torch.randint(1, VOCABULARY, (900,), generator=torch.Generator().manual_seed(3)).tolist()
+RANDOM_TEXT = ("random", " ".join(map(str, LEARNED)))
+
+
+def by_words(text, **options):
+    """A tokenizer of texts that list their ids."""
+    return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+
+by_words.eos_token_id = None
+
+
+@pytest.fixture
+def calibrated(model, windows, monkeypatch):
+    """Rows of a model and of another one for given specs, and the calibrations that were made on the way."""
+    monkeypatch.setattr(CalibratedStrategy, "calibrate", counting(made := [], CalibratedStrategy.calibrate))
+    other = build_model(seed=1)
+    text = CalibrationText(lambda: RANDOM_TEXT, by_words, samples=3)
+    measured = []
+    for panel, each in (("one", model), ("other", other)):
+        card = ModelCard(panel=panel, architecture="Llama", parameters=1, layers=2, context=256, dtype="float32")
+        measured.append(Subject.of(card, each, windows, PROTOCOL, Calibrator(each, text)))
+
+    def measure(*specs):
+        return list(leaderboard.run(measured, leaderboard.candidates(specs)))
+
+    measure.made = made
+    measure.ready = lambda spec: measured[0].ready(registry.parse(spec))
+    return measure
+
+
+def counting(made, method):
+    def wrapped(self, model, *arguments, **options):
+        made.append((registry.spec(self), id(model)))
+        return method(self, model, *arguments, **options)
+
+    wrapped.__qualname__, wrapped.__module__ = method.__qualname__, method.__module__
+    return wrapped
+
+
+def test_strategies_that_read_the_same_statistics_share_one_calibration_per_model(calibrated):
+    rows = calibrated("kvquant:bits=4", "kvquant:bits=2,datatype=int", "kvquant:weights=fisher", "qnorm:bits=2")
+    assert [row.error for row in rows] == [None] * 8
+    assert [spec for spec, _ in calibrated.made] == ["kvquant"] * 2 + ["kvquant:bits=2,datatype=int"] * 2
+    assert len({model for _, model in calibrated.made}) == 2
+    # equal steps need no gradients, so the recipe is another
+    assert len({(row.panel, row.calibration) for row in rows}) == 4
+
+
+@pytest.mark.parametrize("change", ["outliers=0", "sink_tokens=0", "key_rope=post", "block=64", "profile=repository"])
+def test_what_would_be_measured_otherwise_is_calibrated_anew(calibrated, change):
+    _, one = calibrated.ready("kvquant")
+    strategy, other = calibrated.ready(f"kvquant:{change}")
+    assert one != other
+    assert len(calibrated.made) == 2
+    assert strategy.calibration.record.settings == strategy.with_calibration(None).model_dump(exclude={"calibration"})
+
+
+def test_rows_keep_their_spec_and_say_what_was_learned(calibrated, board):
+    (row, other) = calibrated("kvquant:bits=2")
+    assert row.strategy == "kvquant:bits=2"
+    card = row.calibration
+    assert (card.text, card.windows, card.length) == ("random", 3, 256)
+    assert card.sha256 == hashlib.sha256(RANDOM_TEXT[1].encode()).hexdigest()
+    assert card.windows_sha256 == other.calibration.windows_sha256
+    assert card.seconds > 0
+    text = report.describe(board.with_rows([row, other]))
+    assert "first, on 3 windows of 256 tokens of the text random, sha256 " + card.sha256[:12] in text
+    assert "2 calibrations took" in text
+    assert text.count("kvquant:bits=2") == 1
+    assert "alibrat" not in report.describe(board)
+
+
+def test_strategies_that_are_ready_do_not_read_the_calibration_text(model, windows, board):
+    def absent():
+        raise FileNotFoundError("there is no text")
+
+    calibrator = Calibrator(model, CalibrationText(absent, by_words))
+    subject = Subject.of(board.models[0], model, windows, PROTOCOL, calibrator)
+    rows = list(leaderboard.run([subject], leaderboard.candidates(["kvquant:calibration=prompt", "none", "kvquant"])))
+    assert [row.error for row in rows] == [None, None, "FileNotFoundError: there is no text"]
+    assert [row.calibration for row in rows] == [None] * 3
+
+
+def test_a_calibration_that_fails_becomes_a_row(model, windows, board):
+    text = CalibrationText(lambda: ("short", "1 2 3"), by_words)
+    subject = Subject.of(board.models[0], model, windows, PROTOCOL, Calibrator(model, text))
+    row = leaderboard.measure(subject, leaderboard.candidates(["kvquant"])[0])
+    assert "ValueError: the text has 3 tokens; 16 windows of 256" in row.error
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_calibration_of_another_model_becomes_a_row(model, windows, board, tmp_path):
+    ids = torch.randint(1, VOCABULARY, (2, 256), generator=torch.Generator().manual_seed(0))
+    other = build_model()
+    with torch.no_grad():
+        other.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
+    kvquant = registry.get("kvquant")(outliers=0).calibrate(other, None, ids, samples=2, heldout=0)
+    given = registry.spec(kvquant.save_pretrained(tmp_path))
+    subject = Subject.of(board.models[0], model, windows, PROTOCOL, None)
+    row = leaderboard.measure(subject, leaderboard.candidates([given])[0])
+    assert row.strategy == given
+    assert "is of another model" in row.error
+
+
+def test_who_has_to_be_calibrated_is_known_before():
+    found = leaderboard.candidates(["none", "kvquant", "kvquant:calibration=prompt", "qnorm:base=uniform"])
+    assert [leaderboard.needs_calibration(each) for each in found] == [False, True, False, True]
+    assert not leaderboard.needs_calibration(leaderboard.variant(Crude, {"bits": "many"}))
+
+
 # --- report
 
 
@@ -379,6 +497,8 @@ def folder(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", unk_token="w1").save_pretrained(folder)
     ids = torch.randint(2, VOCABULARY, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
+    ids = torch.randint(2, VOCABULARY, (1500,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "other.txt").write_text(" ".join(f"w{i}" for i in ids))
     (folder / "short.txt").write_text("w2 w3")
     return folder
 
@@ -413,6 +533,42 @@ def test_bench_measures_a_model_and_its_twin(folder, tmp_path):
     assert "a group of 24 channels does not divide head_dim=32" in " ".join(result.output.split())
 
 
+def test_bench_calibrates_on_a_text_that_is_not_measured(folder, tmp_path):
+    common = ("--model", folder, "--text", folder / "text.txt", "--windows", 1, "--out", tmp_path)
+    learning = ("--calibration-text", folder / "other.txt", "--calibration-samples", 2)
+    result = invoke("bench", *common, *learning, "--strategies", "kvquant:bits=2;none")
+    assert result.exit_code == 0, result.output
+    board = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert [row["error"] for row in board["rows"]] == [None] * 4
+    cards = [row["calibration"] for row in board["rows"]]
+    assert cards[2:] == [None, None]
+    assert [(card["text"], card["windows"], card["length"]) for card in cards[:2]] == [("other.txt", 2, 512)] * 2
+    flat = " ".join(result.output.split())
+    assert "Calibrated for each model first, on 2 windows of 512 tokens of the text other.txt" in flat
+    assert board["notes"] == []
+    lines = list(csv.DictReader((tmp_path / "leaderboard.csv").open()))
+    assert [line["calibration_windows"] for line in lines] == ["2", "2", "", ""]
+
+
+def test_bench_notes_that_the_standard_library_calibrates_for_a_text_of_ones_own(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def library(split):
+        asked.append(split)
+        return Corpus("w2 w3 w4 " * 400, "3.0", "", 1)
+
+    monkeypatch.setattr(subjects, "stdlib_text", library)
+    common = ("--model", folder, "--text", folder / "text.txt", "--windows", 1, "--out", tmp_path, "--no-twin")
+    notes = []
+    for spec in ("kvquant", "none"):
+        result = invoke("bench", *common, "--calibration-samples", 1, "--strategies", spec)
+        assert result.exit_code == 0, result.output
+        notes.append(json.loads((tmp_path / "leaderboard.json").read_text())["notes"])
+    assert asked == ["train"]
+    assert notes[1] == []
+    assert "not on text like text.txt; --calibration-text gives another" in notes[0][0]
+
+
 def test_an_interrupted_bench_keeps_what_it_measured(folder, tmp_path, monkeypatch):
     measure = leaderboard.measure
 
@@ -438,6 +594,9 @@ def test_an_interrupted_bench_keeps_what_it_measured(folder, tmp_path, monkeypat
         (("--text", "{folder}/absent.txt"), "No such file"),
         (("--text", "{folder}/model.safetensors"), "as UTF-8"),
         (("--text", "{folder}/short.txt"), "the text has 2 tokens"),
+        (("--calibration-text", "{folder}/absent.txt"), "Invalid value for --calibration-text: cannot read"),
+        (("--calibration-text", "{folder}/text.txt"), "is the text that is measured; calibrate on another"),
+        (("--strategies", "kvquant:calibration=/no/such/folder"), "there is no calibration folder"),
         (("--window-length", "600"), "beyond the model's context; use at most 512"),
         (("--window-length", "200"), "nothing to score"),
         (("--out", "{folder}/text.txt"), "cannot write to"),

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from cachequant import registry
 from cachequant.core import CacheQuantizer, Format, LayerFormat, LayerSpec, Side, Strategy, Tables, contract
+from cachequant.core.calibration import CalibratedStrategy, Recipe, Statistics, fitted_tables
+from cachequant.core.hf.tiny import tiny_model
 
-OTHER_SETTINGS = ("none:key_rope=pre,block=32", "uniform:bits=4,group_size=32,symmetric=true,block=64")
+OTHER_SETTINGS = (
+    "none:key_rope=pre,block=32",
+    "uniform:bits=4,group_size=32,symmetric=true,block=64",
+    "kvquant:bits=2,q_norm=true,key_scale=channel,value_scale=static,block=32",
+    "kvquant:bits=3,datatype=nf,key_scale=token,block=64",
+    "qnorm:base=uniform,bits=2,calibration=prompt",
+)
 STRATEGIES = [strategy(**settings) for strategy in registry.strategies().values() for settings in strategy.variants]
 STRATEGIES += [registry.parse(spec) for spec in OTHER_SETTINGS]
 
@@ -70,6 +78,77 @@ FAULTS = {
 def test_a_faulty_strategy_is_caught_by_name(fault: str) -> None:
     with pytest.raises(contract.ContractError, match="misbehaving"):
         FAULTS[fault](Misbehaving(fault=fault))
+
+
+class Learned(CalibratedStrategy):
+    """A strategy of an outsider that has to be calibrated, with or without one fault."""
+
+    name: ClassVar[str] = "learned"
+
+    fault: str = ""
+
+    def recipe(self) -> Recipe:
+        return Recipe(outliers=0.02, gradients=True)
+
+    def formats(self, layer: LayerSpec) -> LayerFormat:
+        scale = "channel" if self.calibration == "prompt" else "static"
+        key = Format(codes="codebook", bits=3, scale=scale, outliers=2, rope="pre")
+        return LayerFormat(key=key, value=Format(codes="codebook", bits=4), block=64)
+
+    def fit(self, layer: LayerSpec, side: Side, fmt: Format, statistics: Statistics) -> Tables:
+        return fitted_tables(statistics, fmt, "nuq", "fisher-scaled")
+
+    def require_model(self, model: Any) -> None:
+        careless = self.fault == "serves without a calibration" and not self.calibrated
+        if not careless and self.fault != "serves other models":
+            super().require_model(model)
+
+    def tables(self, layer: LayerSpec, side: Side, first: Tensor, valid: Tensor | None) -> Tables:
+        return super().tables(layer, side, first, None if self.fault == "fits to padding" else valid)
+
+    def encode(
+        self, states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None, tables: Tables
+    ) -> dict[str, Tensor]:
+        if self.fault == "drifts on its static grid" and tables.scale is not None:
+            states = states + 2 * tables.scale[:, None]
+        if self.fault == "overflows beyond its static grid" and side == "key":
+            packed = super().encode(states, fmt, side, block, valid, tables)
+            return {**packed, "outlier_value": packed["outlier_value"] * torch.inf}
+        return super().encode(states, fmt, side, block, valid, tables)
+
+
+LEARNED_FAULTS = {
+    "serves without a calibration": contract.check_missing_and_foreign_calibrations_are_refused,
+    "serves other models": contract.check_missing_and_foreign_calibrations_are_refused,
+    "drifts on its static grid": contract.check_constant_and_zero_states_decode_finite,
+    "overflows beyond its static grid": contract.check_constant_and_zero_states_decode_finite,
+}
+
+
+@pytest.mark.parametrize("fault", LEARNED_FAULTS)
+def test_a_faulty_calibrated_strategy_is_caught_by_name(fault: str) -> None:
+    with pytest.raises(contract.ContractError, match="learned"):
+        LEARNED_FAULTS[fault](Learned(fault=fault))
+
+
+def test_a_fit_to_padding_is_caught() -> None:
+    contract.check_padding_does_not_disturb_real_tokens(Learned(calibration="prompt"))
+    with pytest.raises(contract.ContractError, match="padding not to raise the error"):
+        contract.check_padding_does_not_disturb_real_tokens(Learned(calibration="prompt", fault="fits to padding"))
+
+
+def test_an_outsider_need_not_calibrate_for_the_checks() -> None:
+    contract.check_strategy(Learned())
+    contract.check_strategy(Learned(calibration="prompt"))
+
+
+def test_what_an_outsider_calibrated_for_another_model_is_checked_all_the_same() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    ids = torch.randint(2, 97, (2, 128), generator=torch.Generator().manual_seed(0))
+    contract.check_strategy(Learned().calibrate(model, None, ids, samples=2, heldout=0))
 
 
 def test_all_checks_run_on_a_strategy_of_an_outsider() -> None:

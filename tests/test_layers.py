@@ -100,6 +100,22 @@ def test_hook_specifications_import_only_pluggy_and_the_standard_library():
         assert name.partition(".")[0] in {"pluggy", *sys.stdlib_module_names}
 
 
+@pytest.mark.parametrize("module", [path.stem for path in sources("strategies")])
+def test_importing_a_strategy_first_imports_no_other(module):
+    # strategies may ask the registry, which imports them all: not before someone asks them
+    code = (
+        f"import sys, cachequant.strategies.{module}; "
+        "print(*[name for name in sys.modules if name.startswith('cachequant.strategies.')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.split() == [f"cachequant.strategies.{module}"]
+
+
+def test_importing_the_registry_imports_no_strategy():
+    code = "import sys, cachequant.registry; sys.exit(any('cachequant.strategies' in name for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_looking_up_strategies_does_not_import_transformers():
     # it takes seconds, which `cachequant list` and every plugin would pay
     code = "import sys; from cachequant import registry; registry.names(); assert 'transformers' not in sys.modules"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -144,19 +144,21 @@ class Calibration:
         Raises FileNotFoundError where there is none, and ValueError for a damaged one or another file version.
         """
         folder = _folder(str(source))
+        for name in (RECORD, NUMBERS):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{source} holds no calibration: {name} is missing")
         try:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            if record.get("version") != FILE_VERSION:
-                raise ValueError(
-                    f"{source} has file version {record.get('version')}, this cachequant reads version {FILE_VERSION}; "
-                    "calibrate again"
-                )
-            tensors = load_file(folder / NUMBERS)
-            found = cls(Record.model_validate(record), _statistics(tensors), str(source))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source} holds no calibration: {Path(error.filename).name} is missing") from error
-        except (SafetensorError, ValidationError, json.JSONDecodeError, AttributeError, TypeError) as error:
+            version = record.get("version")
+            found = None
+            if version == FILE_VERSION:
+                found = cls(Record.model_validate(record), _statistics(load_file(folder / NUMBERS)), str(source))
+        except (SafetensorError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"the calibration in {source} is damaged ({error}); calibrate again") from error
+        if found is None:
+            raise ValueError(
+                f"{source} has file version {version}, this cachequant reads version {FILE_VERSION}; calibrate again"
+            )
         missing = [f"{side}s of layer {i}" for i, layer in found.record.layers.items() for side in layer.views
                    if side not in found.statistics.get(i, {})]  # fmt: skip
         if missing:

@@ -14,6 +14,10 @@ FILE = "unfinished.safetensors"
 SECONDS_BETWEEN = 10.0
 
 
+class Unresumable(ValueError):
+    """The folder holds the intermediate file of another calibration, or a damaged one."""
+
+
 class Unfinished:
     """The intermediate file in `folder`; None keeps nothing."""
 
@@ -24,7 +28,7 @@ class Unfinished:
     def load(self, job: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """State and tensors of an earlier run of the same job, a hash of all that decides the result; None if none.
 
-        Raises ValueError when the file belongs to another job, or is damaged.
+        Raises Unresumable when the file belongs to another job, or is damaged.
         """
         if self._path is None or not self._path.exists():
             return None
@@ -33,9 +37,9 @@ class Unfinished:
                 state = json.loads((file.metadata() or {})["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self._path} is damaged ({error!r}); remove it to begin anew") from error
+            raise Unresumable(f"{self._path} is damaged ({error!r}); remove it to begin anew") from error
         if state.pop("job", None) != job:
-            raise ValueError(
+            raise Unresumable(
                 f"{self._path} is from a calibration of another model, text or settings that was interrupted; "
                 "repeat that one to finish it, remove the file, or choose another folder"
             )

@@ -198,6 +198,8 @@ class _Gathering:
                 self._ranges.update({place: extremes.bounds() for place, extremes in self._extremes.items()})
                 self._extremes = {}
                 self._pass, self._done = number + 1, 0
+            # what follows, measuring perplexity, may be interrupted too
+            self._unfinished.save(self._job, self._state(), self._tensors(), now=True)
         except BaseException:
             if clean:  # else half a window is counted: what was saved last stands
                 self._unfinished.save(self._job, self._state(), self._tensors(), now=True)
@@ -209,7 +211,8 @@ class _Gathering:
 
     def _run_window(self, observe: Observe, gradients: bool) -> None:
         """One window through the model; `observe` sees every side that the strategy packs."""
-        ids = self._windows[self._done : self._done + 1].to(self._model.device)
+        # cloned: what was made in inference mode cannot be kept for a backward pass
+        ids = self._windows[self._done : self._done + 1].to(self._model.device).clone()
         seen: set[Place] = set()
 
         def tap(layer: TapLayer, side: Side, states: Tensor, gradient: Tensor | None) -> None:

@@ -68,6 +68,11 @@ def _probe(module: nn.Module, cos: Tensor, sin: Tensor, project: Project) -> Rot
     angles = torch.rand(cos.shape, generator=generator) * 6.0
     probe_cos, probe_sin = angles.cos().to(cos), angles.sin().to(sin)
     plain = project(torch.ones_like(cos), torch.zeros_like(sin))
+    if not plain.isfinite().all():
+        raise ValueError(
+            f"the first keys of {type(module).__name__} are not finite; the model computes in {plain.dtype}. Try "
+            "bfloat16 or float32, and check its weights"
+        )
     rotated = project(probe_cos, probe_sin)
     if torch.equal(plain, rotated):
         return _no_rotation  # some layers of some models have no positions

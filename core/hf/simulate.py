@@ -3,6 +3,8 @@
 Query `i` of a teacher-forced forward sees those tokens as what their codes stand for that its forward of the streamed
 run would find packed, and the others exact. It equals feeding the same tokens chunk by chunk through a `PackedCache`,
 to rounding, and costs one forward. It does not hold for strategies that encode a token again later.
+
+With `every_token` it is the protocol of papers instead, for comparison with their figures: nothing is seen exact.
 """
 
 from collections.abc import Iterable
@@ -30,6 +32,10 @@ class SimulatedCache(PackedCache):
     prefill: tokens of the first forward of the streamed run, which attends exactly; 0 means one chunk.
     chunk: tokens of each later forward; 1 is token-by-token decoding.
 
+    every_token: the evaluation that papers such as KVQuant (https://arxiv.org/abs/2401.18079) report. Every query reads
+        every token, itself included, as what its codes stand for; only sinks stay exact. `residual_length` is then 0,
+        and sequences are whole blocks: a block that is not full could not be packed as it would be later.
+
     The other options are those of `PackedCache`. A second forward raises RuntimeError.
     """
 
@@ -40,13 +46,21 @@ class SimulatedCache(PackedCache):
         *,
         prefill: int = 0,
         chunk: int = 1,
+        every_token: bool = False,
         residual_length: int | None = None,
         sink_tokens: int | None = None,
         skip_layers: Iterable[int] | None = None,
     ) -> None:
         if chunk < 1 or prefill < 0:
             raise ValueError(f"chunk={chunk} must be at least 1 and prefill={prefill} at least 0")
-        self._schedule = (prefill or chunk, chunk)
+        if every_token:
+            if prefill or chunk != 1 or residual_length:
+                raise ValueError(
+                    f"every_token=True leaves nothing exact and has no schedule, got prefill={prefill}, chunk={chunk}, "
+                    f"residual_length={residual_length}; leave them out"
+                )
+            residual_length = 0
+        self._schedule = (prefill or chunk, chunk, every_token)
         super().__init__(
             model, strategy, residual_length=residual_length, sink_tokens=sink_tokens, skip_layers=skip_layers
         )
@@ -58,9 +72,9 @@ class SimulatedCache(PackedCache):
 class _SimulatedLayer(PackedLayer):
     """Holds every token twice: packed as far as the end of the run would have it, and exact in the tail."""
 
-    def __init__(self, prefill: int, chunk: int, *arguments: Any) -> None:
+    def __init__(self, prefill: int, chunk: int, every_token: bool, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._prefill, self._chunk = prefill, chunk
+        self._prefill, self._chunk, self._every_token = prefill, chunk, every_token
 
     def get_seq_length(self) -> int:
         return self.tails["key"].length if self.is_initialized else 0
@@ -74,8 +88,14 @@ class _SimulatedLayer(PackedLayer):
     def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
         if self.get_seq_length():
             raise RuntimeError("a SimulatedCache serves one forward over whole sequences; make a new one for the next")
+        tokens, block = key_states.shape[2], self.formats.block
+        if self._every_token and tokens % block:
+            raise ValueError(
+                f"every_token=True needs whole blocks of {block} tokens, the sequence has {tokens}; "
+                f"use {tokens // block * block or block}"
+            )
         states: dict[Side, Tensor] = {"key": key_states, "value": value_states}
-        packing = max(0, key_states.shape[2] - self.options.residual_length) // self.formats.block * self.formats.block
+        packing = max(0, tokens - self.options.residual_length) // block * block
         if packing:
             leaving: dict[Side, Tensor] = {side: new[:, :, :packing] for side, new in states.items()}
             self.sinks, valid = self.sinks.advance(leaving, 0, key_validity(self._mask))
@@ -105,7 +125,7 @@ class _SimulatedLayer(PackedLayer):
                 (packed_key[:, :, :packed], packed_value[:, :, :packed], band[:, :packed]),
                 (exact_key[:, :, :stop], exact_value[:, :, :stop], ~band),
             ):
-                if not keys.shape[2]:
+                if not mask.any():
                     continue
                 scores = seen.hide(scoring.scores(tile, keys, queries), 0).masked_fill(~mask, -torch.inf)
                 parts.append(dense_partial(scores.flatten(2, 3), values))
@@ -125,8 +145,10 @@ class _SimulatedLayer(PackedLayer):
         return torch.where(hidden[:, None, :, None], exact.to(dtype), states)
 
     def _packed_before(self, start: int, stop: int) -> Tensor:
-        """How many tokens are packed when queries `[start, stop)` run."""
+        """How many tokens each of the queries `[start, stop)` reads as packed."""
         query = torch.arange(start, stop, device=self.device)
+        if self._every_token:
+            return torch.full_like(query, self.packed_tokens)
         begin = query - (query - self._prefill) % self._chunk  # of the forward that runs the query
         packed = (begin - self.options.residual_length).clamp(min=0) // self.formats.block * self.formats.block
         return torch.where(query < self._prefill, 0, packed)

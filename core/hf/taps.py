@@ -50,8 +50,10 @@ class TapLayer(PackedLayer):
             self.lazy_initialization(key_states, value_states)
         key, value = (self._tapped(side, t) for side, t in zip(SIDES, (key_states, value_states), strict=True))
         self.version += 1
-        # only keys before RoPE need our attention; others may go through code of the model's own
-        return (LazyStates(self, "key", 0, key) if self.before_rope else key), value
+        if not self.before_rope:
+            return key, value  # which may go through code of the model's own
+        # both, or our attention would take the query for rotated
+        return LazyStates(self, "key", 0, key), LazyStates(self, "value", 0, value)
 
     def _tapped(self, side: Side, states: Tensor) -> Tensor:
         if not self._gradients:

@@ -1,5 +1,7 @@
 """Attention over packed blocks equals plain attention over what the blocks decode to, in float64, for every format."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +48,9 @@ FORMATS = {
     "token-outliers": Format(bits=2, outliers=3),
     "channel-outliers": Format(bits=2, scale="channel", outliers=3),
     "codebook-static-outliers": Format(codes="codebook", scale="static", outliers=1),
+    "token-trim": Format(bits=2, outliers=3, trim=2),
+    "channel-trim": Format(bits=2, scale="channel", outliers=3, trim=2),
+    "codebook-trim": Format(codes="codebook", outliers=2, trim=1),
     "rotated": Format(rotation="hadamard"),
     "rotated-group16": Format(bits=2, group=16, rotation="hadamard"),
     "rotated-outliers": Format(bits=2, outliers=3, rotation="hadamard"),
@@ -92,6 +97,26 @@ def test_packed_values_are_mixed_as_decoded_ones(fmt, head_dim):
     blocks, value = packed(random(BATCH, HEADS, 3 * BLOCK, head_dim, seed=2), fmt, "value")
     output = finish(partial_of(scores, blocks, fmt, head_dim))
     torch.testing.assert_close(output, torch.softmax(scores, -1) @ value)
+
+
+@pytest.mark.parametrize(
+    "fmt", [fmt for fmt in FORMATS.values() if fmt.packed], ids=[n for n in FORMATS if n != "exact"]
+)
+def test_levels_with_gain_and_offset_are_read_as_they_decode(fmt, head_dim):
+    moved = replace(tables(head_dim), gain=torch.tensor(1.2), offset=torch.tensor(-0.3))
+    query, scores = random(BATCH, HEADS, ROWS, head_dim), random(BATCH, HEADS, ROWS, 2 * BLOCK) * 2
+    states = random(BATCH, HEADS, 2 * BLOCK, head_dim, seed=1)
+    key, value = (encode(states, fmt, side, BLOCK, tables=moved) for side in ("key", "value"))
+    dense_key, dense_value = (
+        decode(blocks, fmt, side, head_dim, BLOCK, moved, torch.float64)
+        for side, blocks in (("key", key), ("value", value))
+    )
+    basis = hadamard_rotate(query) if fmt.rotation == "hadamard" else query
+    torch.testing.assert_close(packed_scores(basis, key, fmt, BLOCK, moved), query @ dense_key.transpose(-1, -2))
+    output = finish(unrotate(packed_partial(scores, value, fmt, head_dim, BLOCK, moved), fmt))
+    torch.testing.assert_close(output, torch.softmax(scores, -1) @ dense_value)
+    plain = decode(key, fmt, "key", head_dim, BLOCK, tables(head_dim), torch.float64)
+    assert (plain - dense_key).abs().max() > 0.01
 
 
 # keys and values need not have the same format

@@ -6,9 +6,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.testing import assert_close
 
 from cachequant.kernels.format import Format, LayerFormat
+from cachequant.kernels.packing import unpack
 from cachequant.kernels.quantize import NO_TABLES, Tables, decode, encode
+from cachequant.kernels.rotation import hadamard_rotate
 
 BLOCK = 32
 HALF = 2.0**-11  # relative rounding of float16
@@ -79,8 +82,6 @@ def test_no_number_is_off_by_more_than_half_a_step(fmt, side, head_dim):
 @pytest.mark.parametrize("side", SIDES)
 @parametrize_formats({name: fmt for name, fmt in FORMATS.items() if fmt.rotation == "hadamard"})
 def test_rotated_states_are_off_by_half_a_step_of_their_own_basis(fmt, side, head_dim):
-    from cachequant.kernels.rotation import hadamard_rotate
-
     states = random_states(head_dim)
     error = hadamard_rotate(decoded(states, fmt, side) - states.double()).abs()
     assert (error <= 1.001 * half_a_step(hadamard_rotate(states), fmt)).all()
@@ -398,3 +399,350 @@ def test_values_have_no_rope_stage():
 def test_custom_formats_have_no_byte_formula():
     with pytest.raises(ValueError, match="no byte formula"):
         Format(codes="custom").block_bytes("key", 64, 32, 2)
+
+
+# ---- gain and offset -------------------------------------------------------------------------------------------------
+
+NORMALISED = {"gain": torch.tensor(1.25), "offset": torch.tensor(-0.1)}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@parametrize_formats(
+    {
+        "affine-token": Format(bits=2),
+        "affine-group": Format(bits=3, group=16),
+        "affine-channel": Format(bits=4, scale="channel"),
+        "affine-symmetric": Format(bits=4, symmetric=True),
+        "affine-rotated": Format(bits=2, rotation="hadamard"),
+        "codebook-token": Format(codes="codebook"),
+        "codebook-channel": Format(codes="codebook", scale="channel"),
+        "codebook-symmetric": Format(codes="codebook", symmetric=True),
+        "static": Format(scale="static"),
+        "codebook-static": Format(codes="codebook", scale="static"),
+    }
+)
+def test_gain_and_offset_move_what_is_decoded_and_not_the_codes(fmt, side):
+    states = random_states(64)
+    scale = {"scale": torch.rand(2, 64) + 1, "zero": torch.rand(2, 64)} if fmt.scale == "static" else {}
+    plain = Tables(codebook=LEVELS, **scale)
+    moved = Tables(codebook=LEVELS, **scale, **NORMALISED)
+    packed = encode(states, fmt, side, BLOCK, tables=moved)
+    expected = encode(states, fmt, side, BLOCK, tables=plain)
+    assert packed.keys() == expected.keys()
+    assert all(torch.equal(packed[name], expected[name]) for name in packed)
+    # the same levels, moved beforehand: affine ones written as a codebook
+    levels = LEVELS if fmt.codes == "codebook" else torch.arange(2.0**fmt.bits)
+    by_hand = NORMALISED["gain"] * levels + NORMALISED["offset"]
+    numbers = quantize_by_hand(packed, fmt, side, by_hand, plain)
+    assert_close(decode(packed, fmt, side, 64, BLOCK, moved, torch.float64), numbers, rtol=0, atol=2e-4)
+
+
+def quantize_by_hand(packed: dict[str, Tensor], fmt: Format, side: str, levels: Tensor, tables: Tables) -> Tensor:
+    """What codes stand for if they name `levels`, in float64, rotation undone."""
+    rows = unpack(packed["codes"], fmt.bits, 64 if side == "key" else BLOCK, by_nibble=fmt.codes == "codebook")
+    found = levels.double()[rows.long()]
+    found = found if side == "key" else found.transpose(-1, -2)
+    if fmt.scale == "static":
+        scale, zero = tables.scale[:, None, None], tables.zero[:, None, None]
+    else:
+        stored = packed["scales"].double()
+        # [..., block, groups, numbers] per token, [..., head_dim, numbers] per channel
+        stored = stored.repeat_interleave(64 // stored.shape[-2], -2) if fmt.scale == "token" else stored.unsqueeze(-3)
+        scale = stored[..., 0]
+        if fmt.symmetric:
+            zero = -scale * (2**fmt.bits - 1) / 2 if fmt.codes == "affine" else torch.zeros(())
+        else:
+            zero = stored[..., 1]
+    back = (found * scale + zero).flatten(2, 3)
+    return hadamard_rotate(back) if fmt.rotation == "hadamard" else back
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("codes", ["affine", "codebook"])
+def test_outliers_are_exact_with_gain_and_offset(side, codes):
+    fmt = Format(codes=codes, bits=4, outliers=3)
+    states = random_states(64)
+    tables = Tables(codebook=LEVELS, **NORMALISED)
+    packed = encode(states, fmt, side, BLOCK, tables=tables)
+    error = rows_of((decode(packed, fmt, side, 64, BLOCK, tables) - states).abs(), side)
+    slots = packed["outlier_index"].long()
+    size = packed["outlier_value"].float().abs()
+    assert (error.gather(-1, slots) <= HALF * size + 1e-5).all()
+    rest = error.scatter(-1, slots, 0)
+    assert (rest <= size.amin(-1, keepdim=True) * 1.001 + 1e-5).all()
+
+
+# ---- sensitivity -----------------------------------------------------------------------------------------------------
+
+
+def test_slots_of_keys_go_to_error_times_sensitivity():
+    fmt = Format(bits=2, outliers=3)
+    states = random_states(64)
+    sensitivity = torch.rand(2, 64, generator=torch.Generator().manual_seed(3))
+    plain = (decoded(states, fmt.model_copy(update={"outliers": 0}), "key") - states).abs()
+    expected = (plain * sensitivity[:, None]).topk(3, dim=-1).indices
+    packed = encode(states, fmt, "key", BLOCK, tables=Tables(sensitivity=sensitivity))
+    found = packed["outlier_index"].flatten(2, 3).long()
+    assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
+
+
+def test_slots_of_channels_nothing_depends_on_go_to_the_others():
+    fmt = Format(bits=2, outliers=8)
+    sensitivity = torch.zeros(2, 64)
+    sensitivity[:, 20:28] = 1e-6
+    packed = encode(random_states(64), fmt, "key", BLOCK, tables=Tables(sensitivity=sensitivity))
+    assert torch.equal(packed["outlier_index"].sort(-1).values.unique(), torch.arange(20, 28, dtype=torch.int16))
+
+
+def test_values_take_no_notice_of_sensitivity():
+    fmt = Format(bits=2, outliers=3)
+    states = random_states(64)
+    with_it, without = (
+        encode(states, fmt, "value", BLOCK, tables=tables)
+        for tables in (Tables(sensitivity=torch.rand(2, 64)), NO_TABLES)
+    )
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+
+
+# ---- trim ------------------------------------------------------------------------------------------------------------
+
+
+def largest_first(vector: Tensor, trim: int) -> tuple[float, float]:
+    """low and high of a vector without its `trim` smallest and largest numbers."""
+    ordered = vector.sort().values
+    return float(ordered[trim]), float(ordered[-1 - trim])
+
+
+@pytest.mark.parametrize("trim", [1, 3])
+@pytest.mark.parametrize(("side", "scale"), [("key", "token"), ("value", "channel")])
+def test_trimmed_ranges_are_order_statistics_where_slots_and_scale_share_a_row(side, scale, trim):
+    # as many slots in the row as numbers may be left out of its range
+    fmt = Format(bits=4, scale=scale, trim=trim, outliers=2 * trim)
+    states = random_states(64)
+    scales = encode(states, fmt, side, BLOCK)["scales"].float().flatten(0, -2)
+    vectors = rows_of(states, "key" if scale == "token" else "value").flatten(0, -2)
+    for stored, vector in zip(scales[::37], vectors[::37], strict=True):
+        low, high = largest_first(vector, trim)
+        assert float(stored[1]) == pytest.approx(low, rel=HALF, abs=FINEST)
+        assert float(stored[0]) == pytest.approx((high - low) / 15, rel=HALF, abs=FINEST)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("scale", ["token", "channel"])
+@pytest.mark.parametrize("codes", ["affine", "codebook"])
+def test_what_a_trimmed_range_leaves_out_has_a_slot_or_errs_less_than_all_that_have_one(codes, scale, side):
+    fmt = Format(codes=codes, bits=4, scale=scale, trim=2, outliers=3)
+    states = random_states(64)
+    tables = Tables(codebook=LEVELS)
+    packed = encode(states, fmt, side, BLOCK, tables=tables)
+    error = (decode(packed, fmt, side, 64, BLOCK, tables) - states).abs()
+    gap = float(LEVELS.diff().max() if codes == "codebook" else 1.0)
+    scales = packed["scales"][..., 0].float()
+    half_step = (scales.unsqueeze(-2) if scale == "channel" else scales).expand(*SHAPE[:2], 3, BLOCK, 64) * gap / 2
+    saturated = rows_of(error, side) > 1.001 * rows_of(half_step.flatten(2, 3), side) + 1e-2
+    least_corrected = packed["outlier_value"].float().abs().amin(-1, keepdim=True).expand_as(saturated)
+    assert (rows_of(error, side) <= 1.001 * least_corrected)[saturated].all()
+    assert saturated.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("scale", ["token", "channel"])
+def test_trimming_lowers_the_error_of_heavy_tails(scale, side):
+    states = random_states(64) ** 3
+    plain, trimmed = (
+        (decoded(states, Format(bits=2, scale=scale, outliers=4, trim=trim), side) - states).square().mean()
+        for trim in (0, 2)
+    )
+    assert trimmed < plain
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("scale", ["token", "channel"])
+def test_ties_at_a_trimmed_range_stay_inside_it(scale, side):
+    fmt = Format(bits=2, scale=scale, trim=2, outliers=4)
+    states = random_states(64).round().clamp(-3, 3)  # every number many times
+    error = (decoded(states, fmt, side) - states).abs()
+    assert error.max() <= 0.5 * 6 / 3 + 0.01
+
+
+def test_padding_is_no_outlier_of_a_trimmed_range(padding):
+    fmt = Format(bits=2, scale="channel", trim=2, outliers=3)
+    for side in SIDES:
+        states = random_states(64)
+        filled = states.masked_fill(~padding[:, None, :, None], 1e4)
+        kept = padding[:, None, :, None].expand_as(states)
+        expected, actual = (decoded(each, fmt, side, valid=padding) for each in (states, filled))
+        assert torch.equal(actual[kept], expected[kept])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trim": 1}, "outliers >= 1"),
+        ({"trim": 1, "outliers": 2, "scale": "static"}, "needs scale='token' or 'channel'"),
+    ],
+    ids=str,
+)
+def test_trims_without_slots_or_ranges_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        Format(**settings)
+
+
+def test_trims_that_leave_nothing_are_refused():
+    fmt = Format(trim=8, outliers=16, group=16)
+    with pytest.raises(ValueError, match="key: trim=8 leaves nothing of the 16 numbers"):
+        LayerFormat(key=fmt, value=Format()).require_fitting(64, 64)
+
+
+# ---- a worked example of KVQuant -------------------------------------------------------------------------------------
+# 4 channels, 2 bits; grids and codebooks from the calibration in tests/calibration/test_statistics.py
+
+KEY_LEVELS = torch.tensor([-0.827191, -0.190884, 0.255878, 0.855127])
+KEY_GRID = {
+    "scale": torch.tensor([[0.9140625, 1.609375, 1.3359375, 3.3125]]),
+    "zero": torch.tensor([[-0.3515625, 0.265625, -2.4609375, 0.0]]),
+}
+KEY_TABLES = Tables(codebook=KEY_LEVELS, **KEY_GRID)
+KEYS = torch.tensor([[0.5, -0.25, -2.25, -5.5], [1.0, 2.75, -3.375, -3.0], [-1.3, 0.9, 0.0, 3.0]])
+KEY_CODES = [[3, 1, 2, 0], [3, 3, 0, 0], [0, 2, 3, 3]]
+KEY_LUT = torch.tensor(
+    [
+        [-1.107667, -0.526042, -0.117674, 0.430077],
+        [-1.065636, -0.041579, 0.677429, 1.641845],
+        [-3.566013, -2.715946, -2.119100, -1.318541],
+        [-2.740071, -0.632302, 0.847597, 2.832608],
+    ]
+)
+# channels beyond their range, and by how much they miss the level they saturate to
+KEY_OUTLIERS = [{3: -2.759929}, {0: 0.569923, 1: 1.108155}, {0: -0.192333, 2: 1.318541}]
+
+
+def example_keys(slots: int, tables: Tables = KEY_TABLES, keys: Tensor = KEYS) -> tuple[dict[str, Tensor], Tensor]:
+    """The packed block that begins with `keys [n, 4]`, and what they decode to."""
+    fmt = Format(codes="codebook", bits=2, scale="static", outliers=slots)
+    states = torch.zeros(1, 1, BLOCK, 4)
+    states[0, 0, : len(keys)] = keys
+    packed = encode(states, fmt, "key", BLOCK, tables=tables)
+    return packed, decode(packed, fmt, "key", 4, BLOCK, tables)[0, 0, : len(keys)]
+
+
+def codes_of(packed: dict[str, Tensor], length: int) -> list[list[int]]:
+    return unpack(packed["codes"], 2, length, by_nibble=True)[0, 0, 0].tolist()
+
+
+def test_worked_example_key_codes_and_levels():
+    packed, back = example_keys(0)
+    assert codes_of(packed, 4)[:3] == KEY_CODES
+    assert_close(back, KEY_LUT.gather(1, torch.tensor(KEY_CODES).T).T, atol=1e-6, rtol=0)
+    # every level of every channel comes back as itself
+    packed, back = example_keys(0, keys=KEY_LUT.T)
+    assert codes_of(packed, 4)[:4] == [[code] * 4 for code in range(4)]
+    assert_close(back, KEY_LUT.T, atol=2e-6, rtol=0)
+
+
+def test_worked_example_key_residuals_are_relative_to_the_level_that_decodes():
+    packed, _ = example_keys(4)
+    index, value = packed["outlier_index"][0, 0, 0], packed["outlier_value"][0, 0, 0].float()
+    for token, outliers in enumerate(KEY_OUTLIERS):
+        residual = dict(zip(index[token].tolist(), value[token].tolist(), strict=True))
+        for channel, expected in outliers.items():
+            assert residual[channel] == pytest.approx(expected, rel=HALF, abs=1e-6)
+
+
+@pytest.mark.parametrize("token", [0, 1])
+def test_worked_example_keys_with_a_slot_for_each_outlier(token):
+    outliers = KEY_OUTLIERS[token]
+    packed, back = example_keys(len(outliers))
+    assert set(packed["outlier_index"][0, 0, 0, token].tolist()) == set(outliers)
+    expected = KEY_LUT.gather(1, torch.tensor(KEY_CODES).T).T[token].clone()
+    expected[list(outliers)] = KEYS[token, list(outliers)]
+    # at -5.5 the residual is a float16: had it been taken from another level or the zero point, 0.6 would be lacking
+    assert_close(back[token], expected, atol=2e-3, rtol=0)
+
+
+def test_worked_example_slots_go_to_the_largest_errors_not_to_what_is_beyond_the_range():
+    # token 2: channel 0 is barely beyond its range and loses 0.19, channel 1 is inside and loses 0.22
+    packed, back = example_keys(2)
+    assert set(packed["outlier_index"][0, 0, 0, 2].tolist()) == {1, 2}
+    _, plain = example_keys(0)
+    for token, outliers in enumerate(KEY_OUTLIERS):
+        chosen = plain[token].clone()
+        chosen[list(outliers)] = KEYS[token, list(outliers)]
+        theirs = (chosen - KEYS[token]).square().sum()
+        _, ours = example_keys(len(outliers))
+        assert (ours[token] - KEYS[token]).square().sum() <= theirs + 1e-6
+    assert ((back[2] - KEYS[2]).abs() < 0.2).all()
+
+
+def test_worked_example_every_outlier_is_exact_where_there_are_slots_enough():
+    _, back = example_keys(3)
+    for token, outliers in enumerate(KEY_OUTLIERS):
+        assert_close(back[token, list(outliers)], KEYS[token, list(outliers)], atol=2e-3, rtol=0)
+
+
+def test_worked_example_keys_with_q_norm():
+    tables = Tables(codebook=KEY_LEVELS, **KEY_GRID, gain=torch.tensor(1.049598), offset=torch.tensor(-0.014392))
+    packed, back = example_keys(1, tables)
+    assert codes_of(packed, 4)[:3] == KEY_CODES
+    assert_close(back[0], torch.tensor([0.455689, -0.079977, -2.121373, -5.5]), atol=2e-6, rtol=HALF)
+
+
+VALUE_LEVELS = torch.tensor([-0.688206, -0.266443, 0.269555, 0.516770])
+VALUES = torch.tensor([-2, 2, -0.75, -1.5, 3, 0.75, -1, 4, 2.25, -0.5, -3.5, 3.75, 0, -2.5, 5.25, 0.5])
+VALUE_LUT = torch.tensor([-1.103591, 0.108977, 1.649972, 2.360714])
+VALUE_CODES = torch.tensor([0, 2, 0, 0, 3, 1, 0, 3, 3, 0, 0, 3, 1, 0, 3, 1])
+VALUE_OUTLIERS = [7, 10, 13, 14]
+
+
+def example_values(vector: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The packed block whose token `t` is `vector [16]` rolled by `t`, and what it decodes to, rolled back."""
+    # every channel then holds every number twice: slots for the four outliers and no more
+    fmt = Format(codes="codebook", bits=2, outliers=8, trim=2)
+    states = torch.stack([vector.roll(t) for t in range(BLOCK)])[None, None]
+    packed = encode(states, fmt, "value", BLOCK, tables=Tables(codebook=VALUE_LEVELS))
+    back = decode(packed, fmt, "value", 16, BLOCK, Tables(codebook=VALUE_LEVELS))[0, 0]
+    return packed, torch.stack([row.roll(-t) for t, row in enumerate(back)])
+
+
+def test_worked_example_value_range_is_of_the_third_largest_and_smallest():
+    packed, back = example_values(VALUES)
+    # -2 to 3.75
+    assert packed["scales"].flatten(0, -2).unique(dim=0).tolist() == [[2.875, 0.875]]
+    codes = torch.tensor(codes_of(packed, BLOCK)).T
+    codes = torch.stack([row.roll(-t) for t, row in enumerate(codes)])
+    assert (codes == VALUE_CODES).all()
+    inliers = [c for c in range(16) if c not in VALUE_OUTLIERS]
+    expected = VALUE_LUT[VALUE_CODES[inliers]].expand(BLOCK, -1)
+    assert_close(back[:, inliers], expected, atol=2e-6, rtol=0)
+
+
+def test_worked_example_value_outliers_are_exact():
+    packed, back = example_values(VALUES)
+    assert_close(back[:, VALUE_OUTLIERS], VALUES[VALUE_OUTLIERS].expand(BLOCK, -1), atol=2e-3, rtol=0)
+    residuals = packed["outlier_value"].float().unique()
+    # from the levels they saturate to
+    assert_close(residuals, torch.tensor([-2.396409, -1.396409, 1.639286, 2.889286]), atol=2e-3, rtol=0)
+
+
+def test_worked_example_values_tied_with_the_range_are_no_gross_error():
+    tied = VALUES.clone()
+    tied[11] = 4.0  # as large as number 7, of which a comparison with the threshold would make 6.35
+    _, back = example_values(tied)
+    low, high = -2.0, 4.0
+    levels = VALUE_LEVELS * (high - low) / 2 + (high + low) / 2
+    nearest = (levels - tied[:, None]).abs().amin(-1)
+    assert ((back - tied).abs() <= nearest + 2e-3).all()
+    # slots for four numbers of each token: the largest errors; -2.5, the fifth with 1.435, keeps its level
+    assert_close(back[:, [7, 10, 11, 14]], tied[[7, 10, 11, 14]].expand(BLOCK, -1), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("bits", "factor", "first"), [(4, 7, 3), (3, 5, 2), (2, 3, 1)])
+@pytest.mark.parametrize("side", SIDES)
+def test_worked_example_codes_survive_packing(bits, factor, first, side):
+    # KVQuant's kernels pack them as one stream of bits; ours in planes (kernels/packing.py), so words differ
+    codes = (factor * torch.arange(BLOCK) + first) % 2**bits
+    fmt = Format(bits=bits, scale="static")
+    states = codes.expand(BLOCK, -1).float()[None, None]
+    tables = Tables(scale=torch.ones(1, BLOCK), zero=torch.zeros(1, BLOCK))
+    packed = encode(states, fmt, side, BLOCK, tables=tables)
+    assert torch.equal(decode(packed, fmt, side, BLOCK, BLOCK, tables), states)
