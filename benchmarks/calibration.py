@@ -32,6 +32,8 @@ class CalibrationCard(BaseModel):
     """Tokens per window."""
     windows_sha256: str
     """Of the token ids."""
+    digest: str
+    """Of what was learned."""
     seconds: float
     """Of the calibration, which strategies that need the same statistics share."""
 
@@ -96,6 +98,7 @@ class Calibrator:
             windows=evidence.windows,
             length=evidence.length,
             windows_sha256=evidence.windows_sha256,
+            digest=calibrated.digest,
             seconds=evidence.seconds,
         )
         return calibrated, card

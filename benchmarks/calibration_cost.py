@@ -89,7 +89,7 @@ def build_model(layers: int, random: bool) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(reference.FOLDER)
     config.num_hidden_layers = layers
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 def measure(
@@ -145,8 +145,9 @@ def markdown(report: Report) -> str:
     parts.append(
         f"Strategies: `{report.specs['gradients']}`, and `{report.specs['no gradients']}`, which needs no backward "
         "pass. Seconds: both passes over the windows, one run; without loading, tokenizing and held-out perplexity. "
-        "Peak: the most resident memory (VmHWM) while calibrating, above what the process held before, with the model "
-        f"loaded and one window of {WARM_UP} tokens calibrated. Each cell in a process of its own."
+        "Those of the CPU are the process's own, those of the wall grow with whatever else the machine does. Peak: the "
+        "most resident memory (VmHWM) while calibrating, above what the process held before, with the model loaded and "
+        f"one window of {WARM_UP} tokens calibrated. Each cell in a process of its own."
     )
     parts.append(f"Model: {report.model}. {report.environment}.")
     return "\n\n".join(parts) + "\n"

@@ -195,7 +195,7 @@ class CalibratedStrategy(Strategy):
             f"  cachequant calibrate {self.name} --model PATH --text FILE --out DIR\n"
             f"or strategy.calibrate(model, tokenizer, texts), and use "
             f"registry.get({self.name!r}).from_pretrained('DIR'). "
-            "Without a text, calibration='prompt' fits the first block of each prompt, less accurately"
+            "Without a text, calibration='prompt' fits the first block of each prompt, knowing no gradients"
         )
 
     def _suitable(self, layer: LayerSpec, side: Side, formats: LayerFormat) -> Statistics:

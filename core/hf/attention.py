@@ -55,6 +55,9 @@ def attention_forward(
             return output.transpose(1, 2).contiguous(), None
     elif isinstance(key, LazyStates) or isinstance(value, LazyStates):
         # the model has already used one of the two (multi-head latent attention builds keys from both)
+        layer = key.layer if isinstance(key, LazyStates) else value.layer  # type: ignore[union-attr]
+        if layer.awaits_query:
+            raise ValueError(f"layer {layer.index}: keys before RoPE need both of their handles; got one tensor")
         key, value = (t.materialize() if isinstance(t, LazyStates) else t for t in (key, value))
     if softcap is None and s_aux is None:
         causal = kwargs.get("is_causal", getattr(module, "is_causal", True))

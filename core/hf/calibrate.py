@@ -230,6 +230,8 @@ class _Gathering:
             seen.add((layer.index, side))
 
         cache = TapCache(self._model, self._strategy, tap, gradients=gradients)
+        if not cache.packed_layers:
+            raise ValueError(f"{type(self._model).__name__} has no full-attention layer: nothing to calibrate")
         with torch.set_grad_enabled(gradients):
             logits = self._model(ids, past_key_values=cache, use_cache=True).logits
             if gradients:

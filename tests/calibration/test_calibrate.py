@@ -653,6 +653,23 @@ def test_a_layer_that_shows_no_keys_is_named(build, windows, monkeypatch):
         measured(model, windows(2, 40))
 
 
+@pytest.mark.filterwarnings("ignore:no layer of")
+def test_a_model_without_full_attention_has_nothing_to_calibrate(build, windows):
+    with pytest.raises(ValueError, match="MistralForCausalLM has no full-attention layer: nothing to calibrate"):
+        measured(build("mistral", sliding_window=24), windows(2, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_in_another_dtype_gives_nearly_the_same_statistics(build, windows, dtype):
+    ids = windows(2, 64)
+    expected, found = measured(build(), ids), measured(build(dtype=dtype), ids)
+    for index in (0, 1):
+        a, b = expected.of(index, "key"), found.of(index, "key")
+        assert_close(b.high, a.high, rtol=0.1, atol=0.1)
+        assert_close(b.sensitivity, a.sensitivity, rtol=0.3, atol=0.05)
+        assert b.density.isfinite().all()
+
+
 def test_codes_without_grids_cannot_be_calibrated(build, windows):
     with pytest.raises(ValueError, match="exact"):
         measured(build(), windows(2, 40), QNorm(base="none"))
