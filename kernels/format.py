@@ -41,7 +41,7 @@ class Format(BaseModel):
     symmetric: bool = Field(
         default=False, description="Scale only: the grid is centred on zero and stores no zero point."
     )
-    outliers: int = Field(default=0, ge=0, le=64, description="Exact corrections (index, value) per packed row.")
+    outliers: int = Field(default=0, ge=0, le=128, description="Exact corrections (index, value) per packed row.")
     trim: int = Field(
         default=0,
         ge=0,

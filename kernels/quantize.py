@@ -242,10 +242,11 @@ def _ranges(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _stored_outliers(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> Tensor:
-    """Which numbers outlier slots bring back, so that ranges need not cover them: bool, as `x`.
+    """Which numbers may have outlier slots, so that ranges need not cover them: bool, as `x`.
 
     Candidates are the `trim` largest and smallest of each scale, by rank. Where a packed row has more of them than
-    slots, those furthest outside the range of the rest get one; the others stay inside the range.
+    slots, those furthest outside the range of the rest are taken; the others stay inside the range. (A slot goes to the
+    largest error in the end: an outlier that saturates by less than other numbers are rounded gives its slot to them.)
     """
     vectors = _vectors(x, fmt)
     low, high = vectors, vectors

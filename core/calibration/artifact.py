@@ -51,7 +51,7 @@ class Evidence(BaseModel):
     perplexity_exact: float | None = None
     """Of the unquantized model on held-out text."""
     perplexity: float | None = None
-    """Of the same text read through the packed cache, token by token (`SimulatedCache`)."""
+    """Of the same text read through the packed cache, token by token (`SimulatedCache`); None if nothing was packed."""
     heldout_tokens: int = 0
     residual_length: int = 0
     """Newest tokens that the packed cache kept exact."""
@@ -131,6 +131,7 @@ class Calibration:
         path.mkdir(parents=True, exist_ok=True)
         partial = path / (NUMBERS + ".partial")
         save_file({name: tensor.contiguous() for name, tensor in self._tensors().items()}, partial)
+        partial.chmod(0o644)  # safetensors writes for the owner's eyes only
         partial.replace(path / NUMBERS)
         partial = path / (RECORD + ".partial")
         partial.write_text(self.record.model_dump_json(indent=2) + "\n", encoding="utf-8")

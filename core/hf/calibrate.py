@@ -1,6 +1,7 @@
 """Running a model over a text to measure what a strategy has to know."""
 
 import hashlib
+import inspect
 import json
 import math
 import platform
@@ -163,6 +164,7 @@ class _Gathering:
     ) -> None:
         self.layers: dict[int, LayerRecord] = {}
         self._strategy, self._model, self._windows = strategy, model, windows
+        self._skips_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._recipe = strategy.recipe()
         self._unfinished, self._report = unfinished, report
         self._job = _hash_of(strategy, model, windows)
@@ -233,7 +235,9 @@ class _Gathering:
         if not cache.packed_layers:
             raise ValueError(f"{type(self._model).__name__} has no full-attention layer: nothing to calibrate")
         with torch.set_grad_enabled(gradients):
-            logits = self._model(ids, past_key_values=cache, use_cache=True).logits
+            # without a loss, logits are of no use
+            unused = {} if gradients or not self._skips_logits else {"logits_to_keep": 1}
+            logits = self._model(ids, past_key_values=cache, use_cache=True, **unused).logits
             if gradients:
                 # the sum, not the mean: small gradients vanish in half precision, and only their ratios count
                 torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").backward()
@@ -348,7 +352,7 @@ def _perplexities(
 ) -> dict[str, Any]:
     """What `Evidence` says of held-out windows `[n, length]`."""
     exact = quantized = 0.0
-    residual = 0
+    residual = packed = 0
     for done, row in enumerate(windows):
         report("evidence", done, len(windows))
         ids = row[None].to(model.device)
@@ -356,11 +360,13 @@ def _perplexities(
         cache = SimulatedCache(model, strategy)
         quantized += _loss(model, ids, cache)
         residual = cache.options.residual_length
+        packed = max(layer.packed_tokens for layer in cache.packed_layers)
     report("evidence", len(windows), len(windows))
     tokens = windows.numel() - len(windows)
     return {
         "perplexity_exact": math.exp(exact / tokens),
-        "perplexity": math.exp(quantized / tokens),
+        # windows so short that nothing was packed show nothing
+        "perplexity": math.exp(quantized / tokens) if packed else None,
         "heldout_tokens": tokens,
         "residual_length": residual,
     }

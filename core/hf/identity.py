@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,8 +14,8 @@ from .attach import attention_modules
 _CONFIGURATION = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                   "num_key_value_heads", "head_dim", "rope_parameters")  # fmt: skip
 
-# Casts and light fine-tuning move the size of a layer's weights less than this; other weights move it more.
-TOLERANCE = 0.01
+# Casts and light fine-tuning move the marks of weights by less; other weights, such as another seed's, by more.
+TOLERANCE = 0.05
 _COLUMNS = 64
 
 
@@ -30,7 +31,7 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def identify(model: PreTrainedModel) -> dict[str, Any]:
-    """For statistics, which serve any dtype of a model: its configuration, and the size of its attention weights."""
+    """For statistics, which serve any dtype of a model: its configuration, and marks of its attention weights."""
     config = model.config.to_dict()
     # not what varies with how the model was loaded
     for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "_attn_implementation", "use_cache"):
@@ -39,7 +40,7 @@ def identify(model: PreTrainedModel) -> dict[str, Any]:
     return {
         **configuration(model),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "attention_weights": {str(index): _size(module) for index, module in attention_modules(model).items()},
+        "attention_weights": {str(index): _marks(module) for index, module in attention_modules(model).items()},
     }
 
 
@@ -49,12 +50,15 @@ def differences(saved: dict[str, Any], model: PreTrainedModel) -> list[str]:
     found = [f"{name} was {saved.get(name)!r}, is {given[name]!r}" for name in given if saved.get(name) != given[name]]
     if found:
         return found
-    sizes = {str(index): _size(module) for index, module in attention_modules(model).items()}
-    for index, size in sizes.items():
-        before = saved.get("attention_weights", {}).get(index)
-        if size is not None and before is not None and not math.isclose(size, before, rel_tol=TOLERANCE):
-            return [f"the attention weights of layer {index} have size {before:.5g} there, {size:.5g} here"]
+    for index, module in attention_modules(model).items():
+        before, now = saved.get("attention_weights", {}).get(str(index)), _marks(module)
+        if before and now and not all(_close(*pair) for pair in zip(before, now, strict=False)):
+            return [f"the attention weights of layer {index} are others"]
     return []
+
+
+def _close(before: float, now: float) -> bool:
+    return abs(before - now) <= TOLERANCE
 
 
 def _attribute(config: Any, name: str) -> Any:
@@ -72,12 +76,17 @@ def _fingerprint(embeddings: nn.Module) -> str | None:
     return hashlib.sha256(weight[:64].detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _size(attention: nn.Module) -> float | None:
-    """Root mean square of a sample of the module's matrices, every output channel in it; None if none can be read."""
-    squares = count = 0.0
+def _marks(attention: nn.Module) -> list[float]:
+    """Two numbers for each matrix of the module, from a sample with every output channel in it.
+
+    The logarithm of its root mean square, and its projection on a fixed wave relative to the deviation that random
+    weights have: about standard normal, so that two models rarely agree in all of them.
+    """
+    marks = []
     for weight in attention.parameters():
         if weight.ndim == 2 and weight.is_floating_point() and weight.device.type != "meta":
-            sample = weight.detach()[:, :_COLUMNS].float()
-            squares += float(sample.square().sum())
-            count += sample.numel()
-    return math.sqrt(squares / count) if count else None
+            sample = weight.detach()[:, :_COLUMNS].float().flatten()
+            wave = torch.sin((torch.arange(sample.numel(), device=sample.device) % 8191) * 0.7) * math.sqrt(2)
+            norm = max(float(sample.norm()), 1e-30)
+            marks += [math.log(norm / math.sqrt(sample.numel())), float(sample @ wave) / norm]
+    return marks
