@@ -215,7 +215,9 @@ def _learning(spec: str) -> "CalibratedStrategy":
             param_hint="SPEC",
         )
     if strategy.calibrated:
-        raise typer.BadParameter(f"{spec!r} names a calibration already; leave it out", param_hint="SPEC")
+        named = strategy.calibration is not None
+        reason = "names a calibration already; leave it out" if named else "is fitted to nothing; use it as it is"
+        raise typer.BadParameter(f"{spec!r} {reason}", param_hint="SPEC")
     return strategy
 
 

@@ -73,7 +73,11 @@ def encode(
         if keep is not None:
             residual = residual * keep
         rows = residual if side == "key" else residual.transpose(-1, -2)
-        index = _ranking(rows, side, tables).topk(fmt.outliers, dim=-1).indices
+        ranking = _ranking(rows, side, tables)
+        if spread.outside is not None:
+            outside = spread.outside if side == "key" else spread.outside.transpose(-1, -2)
+            ranking = ranking.masked_fill(outside, torch.inf)
+        index = ranking.topk(fmt.outliers, dim=-1).indices
         packed["outlier_index"] = index.to(torch.int16)
         packed["outlier_value"] = rows.gather(-1, index).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     return packed
@@ -172,22 +176,26 @@ class _Spread(NamedTuple):
     scale: Tensor
     zero: Tensor
     stored: dict[str, Tensor]
+    """What of the grids has to be kept with the codes."""
+    outside: Tensor | None
+    """The numbers that their ranges leave to outlier slots: bool, as `states`."""
 
 
 def _spread(states: Tensor, fmt: Format, side: Side, block: int, keep: Tensor | None, tables: Tables) -> _Spread:
     x = states.unflatten(2, (-1, block)).float()
     if fmt.rotation == "hadamard":
         x = hadamard_rotate(x)
-    stored = {}
+    stored: dict[str, Tensor] = {}
+    outside = _left_to_slots(x, fmt, side, keep) if fmt.trim else None
     if fmt.scale == "static":
         scale, zero = _static_grid(tables)
     else:
-        stored["scales"] = _online_scales(x, fmt, side, keep)
+        stored["scales"] = _online_scales(x, fmt, keep, outside)
         scale, zero = _grid(stored["scales"], fmt)
     grouped = x.unflatten(-1, (scale.shape[-2], -1))
     ratio = (grouped - zero) / scale
     # a zero scale means a constant vector: level 0 and the zero point give it back
-    return _Spread(x, torch.where(scale > 0, ratio, torch.zeros_like(ratio)), scale, zero, stored)
+    return _Spread(x, torch.where(scale > 0, ratio, torch.zeros_like(ratio)), scale, zero, stored, outside)
 
 
 def _blockwise(valid: Tensor | None, block: int) -> Tensor | None:
@@ -207,15 +215,14 @@ def _pack_rows(codes: Tensor, fmt: Format, side: Side) -> Tensor:
     return pack(rows, fmt.bits, by_nibble=fmt.codes == "codebook")
 
 
-def _online_scales(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> Tensor:
+def _online_scales(x: Tensor, fmt: Format, keep: Tensor | None, outside: Tensor | None) -> Tensor:
     """float16 `(scale, zero)`, or `(scale,)` when symmetric, from the range of each group.
 
     `[..., blocks, block, groups, numbers]` per token, `[..., blocks, head_dim, numbers]` per channel.
     """
     seen = keep if fmt.scale == "channel" else None  # a token's range is of that token alone
-    if fmt.trim:
-        stored = _stored_outliers(x, fmt, side, keep)
-        seen = ~stored if seen is None else seen & ~stored
+    if outside is not None:
+        seen = ~outside if seen is None else seen & ~outside
     low, high = _ranges(_vectors(x, fmt), None if seen is None else _vectors(seen, fmt))
     steps = 2 if fmt.codes == "codebook" else 2**fmt.bits - 1
     if fmt.symmetric:
@@ -241,12 +248,11 @@ def _ranges(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     return low.masked_fill(none, 0), high.masked_fill(none, 0)
 
 
-def _stored_outliers(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> Tensor:
-    """Which numbers may have outlier slots, so that ranges need not cover them: bool, as `x`.
+def _left_to_slots(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> Tensor:
+    """Which numbers outlier slots bring back, so that ranges need not cover them: bool, as `x`.
 
     Candidates are the `trim` largest and smallest of each scale, by rank. Where a packed row has more of them than
-    slots, those furthest outside the range of the rest are taken; the others stay inside the range. (A slot goes to the
-    largest error in the end: an outlier that saturates by less than other numbers are rounded gives its slot to them.)
+    slots, those furthest outside the range of the rest are taken; the others stay inside the range.
     """
     vectors = _vectors(x, fmt)
     low, high = vectors, vectors

@@ -71,7 +71,7 @@ class KVQuant(CalibratedStrategy):
         return Recipe(
             outliers=self.outliers,
             sink_tokens=self.sink_tokens,
-            ranges_include_sinks=self.profile == "repository",
+            ranges_include_sinks=self.profile == "repository" and self.sink_tokens > 0,
             gradients=self.datatype == "nuq" and self._weights() != "equal",
         )
 
@@ -83,7 +83,7 @@ class KVQuant(CalibratedStrategy):
 
     def fit(self, layer: LayerSpec, side: Side, fmt: Format, statistics: Statistics) -> Tables:
         """Grid and codebook of one side of one layer."""
-        tables = fitted_tables(statistics, fmt, self.datatype, self._weights())
+        tables = fitted_tables(statistics, fmt, side, self.datatype, self._weights())
         return normalised_tables(statistics, fmt, tables) if self.q_norm else tables
 
     def _weights(self) -> Weights:

@@ -71,10 +71,10 @@ class QNorm(CalibratedStrategy):
         """Those of the base, whose codes have to stand for levels on a grid."""
         formats = self._base().formats(layer)
         for fmt in () if formats is None else (formats.key, formats.value):
-            if not fmt.packed:
+            if fmt.codes == "custom":
                 raise ValueError(
-                    f"Q-Norm moves levels of affine grids and codebooks; {registry.spec(self.base)!r} uses "
-                    f"{fmt.codes!r} codes"
+                    f"Q-Norm moves levels of affine grids and codebooks; {registry.spec(self.base)!r} has "
+                    "codes of its own"
                 )
             if fmt.scale == "static" and not isinstance(self.base, CalibratedStrategy):
                 raise ValueError(

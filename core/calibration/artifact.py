@@ -51,7 +51,7 @@ class Evidence(BaseModel):
     perplexity_exact: float | None = None
     """Of the unquantized model on held-out text."""
     perplexity: float | None = None
-    """Of the same text read through the packed cache, token by token (`SimulatedCache`); None if nothing was packed."""
+    """Of the same text read through the packed cache, 32 tokens a pass; None where windows were too short for that."""
     heldout_tokens: int = 0
     residual_length: int = 0
     """Newest tokens that the packed cache kept exact."""
@@ -83,6 +83,8 @@ class Record(BaseModel):
     """`core.hf.identity.identify` of the model."""
     layers: dict[int, LayerRecord]
     evidence: Evidence
+    numbers: str = ""
+    """A hash of the tensors in the file beside."""
 
 
 class Calibration:
@@ -105,8 +107,15 @@ class Calibration:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the contents, wherever they are kept."""
-        content = hashlib.sha256(self.record.model_dump_json().encode())
+        """A hash of what strategies read, wherever it is kept and whatever the evidence for it."""
+        record = self.record.model_dump_json(include={"recipe", "model", "layers"})
+        return hashlib.sha256((record + self._numbers_digest()).encode()).hexdigest()[:16]
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def _numbers_digest(self) -> str:
+        content = hashlib.sha256()
         for name, tensor in sorted(self._tensors().items()):
             content.update(name.encode())
             content.update(tensor.contiguous().numpy().tobytes())
@@ -127,16 +136,17 @@ class Calibration:
 
     def save(self, folder: str | os.PathLike[str]) -> Self:
         """Write the artifact into `folder`, each file replaced only when it is complete; returns it with its source."""
-        path = Path(folder)
+        path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         partial = path / (NUMBERS + ".partial")
         save_file({name: tensor.contiguous() for name, tensor in self._tensors().items()}, partial)
         partial.chmod(0o644)  # safetensors writes for the owner's eyes only
         partial.replace(path / NUMBERS)
         partial = path / (RECORD + ".partial")
-        partial.write_text(self.record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        record = self.record.model_copy(update={"numbers": self._numbers_digest()})
+        partial.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         partial.replace(path / RECORD)
-        return type(self)(self.record, self.statistics, str(folder))
+        return type(self)(record, self.statistics, str(folder))
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Self:
@@ -159,6 +169,11 @@ class Calibration:
         if found is None:
             raise ValueError(
                 f"{source} has file version {version}, this cachequant reads version {FILE_VERSION}; calibrate again"
+            )
+        if found.record.numbers != found._numbers_digest():
+            raise ValueError(
+                f"the calibration in {source} is damaged: {NUMBERS} is not the one that {RECORD} was written with; "
+                "calibrate again"
             )
         missing = [f"{side}s of layer {i}" for i, layer in found.record.layers.items() for side in layer.views
                    if side not in found.statistics.get(i, {})]  # fmt: skip
@@ -209,7 +224,7 @@ def _folder(source: str) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=[RECORD, NUMBERS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise FileNotFoundError(
             f"there is no folder {source!r}, and the hub gave no calibration of that name: {error}"
         ) from error

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from ...kernels.format import Format
+from ...kernels.format import Format, Side
 from ...kernels.quantize import Tables
 from .kmeans import normal_float, weighted_kmeans
 from .statistics import Statistics, Weights, bin_centres, q_norm
@@ -13,13 +13,15 @@ from .statistics import Statistics, Weights, bin_centres, q_norm
 Datatype = Literal["nuq", "nf", "int"]
 
 
-def fitted_tables(statistics: Statistics, fmt: Format, datatype: Datatype, weights: Weights) -> Tables:
-    """The tables of a format: its static grid, if it has one, the levels of its codebook, and sensitivities.
+def fitted_tables(statistics: Statistics, fmt: Format, side: Side, datatype: Datatype, weights: Weights) -> Tables:
+    """The tables of a format: static grid, levels of its codebook, sensitivities of keys, as far as it has them.
 
     nuq: the codebook with the smallest weighted error on the density (KVQuant, equation 1), the global optimum.
     nf: NormalFloat, fitted to nothing. int: equal steps, without a codebook.
     """
-    grid = replace(statistics.grid(fmt), sensitivity=statistics.sensitivity)
+    grid = statistics.grid(fmt)
+    if side == "key" and fmt.outliers:
+        grid = replace(grid, sensitivity=statistics.sensitivity)
     if datatype == "int":
         return grid
     if datatype == "nf":
@@ -44,4 +46,8 @@ def normalised_tables(statistics: Statistics, fmt: Format, tables: Tables) -> Ta
     if tables.codebook is None:
         # levels are codes here: half * (u + 1) for a normalised number u
         offset = half * (1 - gain + offset)
-    return replace(tables, gain=torch.tensor(gain), offset=torch.tensor(offset))
+    return replace(tables, gain=_scalar(gain), offset=_scalar(offset))
+
+
+def _scalar(number: float) -> torch.Tensor:
+    return torch.tensor(number, dtype=torch.float32)

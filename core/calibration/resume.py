@@ -22,7 +22,7 @@ class Unfinished:
     """The intermediate file in `folder`; None keeps nothing."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self._path = None if folder is None else Path(folder) / FILE
+        self._path = None if folder is None else Path(folder).expanduser() / FILE
         self._saved = time.monotonic()
 
     def load(self, job: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# fewer say nothing about what follows: codebooks are NormalFloat then
+PROMPT_TOKENS = 16
+
+
 def _read(value: Any) -> Any:
     return Calibration.load(value) if isinstance(value, str | os.PathLike) and value != "prompt" else value
 
@@ -98,6 +102,8 @@ class CalibratedStrategy(Strategy):
 
         settings: fields to change, such as `bits`. Those that the calibration depends on are refused when used.
         """
+        if "calibration" in settings:
+            raise ValueError(f"the calibration comes from {source}; construct the strategy to use another")
         calibration = Calibration.load(source)
         record = calibration.record
         if record.strategy != cls.name:
@@ -158,7 +164,7 @@ class CalibratedStrategy(Strategy):
         return self.fit(layer, side, getattr(formats, side), self.statistics(layer, side, first, valid))
 
     def statistics(self, layer: LayerSpec, side: Side, first: Tensor, valid: Tensor | None) -> Statistics:
-        """Of the calibration, or of `first` with `calibration="prompt"`.
+        """Of the calibration, or of `first` with `calibration="prompt"`; empty where few of its tokens are real.
 
         Raises ValueError where the calibration was made for other settings.
         """
@@ -174,7 +180,8 @@ class CalibratedStrategy(Strategy):
         if valid is not None:
             keep &= valid[:, None, :, None]
         density = Density()
-        density.add(normalised, width, keep)
+        if valid is None or int(valid.sum()) >= PROMPT_TOKENS:
+            density.add(normalised, width, keep)
         return Statistics(density.mass.float())
 
     # ---- inside ----------------------------------------------------------------------------------------------------

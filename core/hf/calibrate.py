@@ -22,15 +22,18 @@ from ..calibration.artifact import Calibration, Evidence, LayerRecord, Record, d
 from ..calibration.resume import Unfinished
 from ..calibration.statistics import Density, Extremes, Statistics, static_grid
 from .attach import detach, is_attached
+from .cache import PackedCache
 from .identity import identify
 from .layer import SIDES
-from .simulate import SimulatedCache
 from .taps import TapCache, TapLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..calibration.strategy import CalibratedStrategy
+
+EVIDENCE_CHUNK = 32
+"""Tokens per pass in which held-out text is read through the packed cache."""
 
 Place = tuple[int, Side]
 Observe = Callable[[TapLayer, Side, Tensor, Tensor | None], None]
@@ -120,6 +123,7 @@ def cut(
             )
         windows = texts[: samples + heldout, :length]
         _fitting(windows.shape[1], context)
+        windows = windows.long()
         return windows[:samples], windows[samples:]
     if tokenizer is None:
         raise ValueError("texts need a tokenizer; give one, or token ids [windows, length]")
@@ -168,6 +172,11 @@ class _Gathering:
         self._recipe = strategy.recipe()
         self._unfinished, self._report = unfinished, report
         self._job = _hash_of(strategy, model, windows)
+        if windows.shape[1] <= self._recipe.sink_tokens:
+            raise ValueError(
+                f"windows of {windows.shape[1]} tokens are all sinks with sink_tokens={self._recipe.sink_tokens}; "
+                "use longer windows"
+            )
         self._extremes: dict[Place, Extremes] = {}
         self._ranges: dict[Place, tuple[Tensor, Tensor]] = {}
         self._densities: dict[Place, Density] = {}
@@ -219,6 +228,9 @@ class _Gathering:
 
         def tap(layer: TapLayer, side: Side, states: Tensor, gradient: Tensor | None) -> None:
             fmt = getattr(layer.formats, side)
+            seen.add((layer.index, side))
+            if fmt.codes == "exact":
+                return
             if not fmt.packed:
                 raise ValueError(f"{fmt.codes!r} codes of the {side}s of layer {layer.index} cannot be calibrated")
             for what, tensor in (("states", states), ("gradients", gradient)):
@@ -278,7 +290,12 @@ class _Gathering:
 
     def _note(self, layer: TapLayer) -> None:
         if layer.index not in self.layers:
-            views: dict[Side, dict[str, Any]] = {side: view(layer.formats, side) for side in SIDES}
+            views: dict[Side, dict[str, Any]] = {
+                side: view(layer.formats, side) for side in SIDES if getattr(layer.formats, side).codes != "exact"
+            }
+            block, tokens = layer.formats.block, self._windows.shape[1]
+            if tokens < block:
+                raise ValueError(f"windows of {tokens} tokens are shorter than a block of {block}; use longer ones")
             self.layers[layer.index] = LayerRecord(shape=layer.spec, views=views)
 
     def _statistics(self) -> dict[int, dict[Side, Statistics]]:
@@ -352,29 +369,35 @@ def _perplexities(
 ) -> dict[str, Any]:
     """What `Evidence` says of held-out windows `[n, length]`."""
     exact = quantized = 0.0
-    residual = packed = 0
+    residual = blocks_read = 0
     for done, row in enumerate(windows):
         report("evidence", done, len(windows))
         ids = row[None].to(model.device)
-        exact += _loss(model, ids, DynamicCache(config=model.config))
-        cache = SimulatedCache(model, strategy)
-        quantized += _loss(model, ids, cache)
+        exact += _loss(model, ids, DynamicCache(config=model.config), ids.shape[1])
+        cache = PackedCache(model, strategy)
+        quantized += _loss(model, ids, cache, EVIDENCE_CHUNK)
         residual = cache.options.residual_length
-        packed = max(layer.packed_tokens for layer in cache.packed_layers)
+        block = max(layer.formats.block for layer in cache.packed_layers)
+        blocks_read = max(0, ids.shape[1] - EVIDENCE_CHUNK - residual) // block
     report("evidence", len(windows), len(windows))
     tokens = windows.numel() - len(windows)
     return {
         "perplexity_exact": math.exp(exact / tokens),
-        # windows so short that nothing was packed show nothing
-        "perplexity": math.exp(quantized / tokens) if packed else None,
+        # windows so short that nothing packed is read show nothing
+        "perplexity": math.exp(quantized / tokens) if blocks_read else None,
         "heldout_tokens": tokens,
         "residual_length": residual,
     }
 
 
-def _loss(model: PreTrainedModel, ids: Tensor, cache: Any) -> float:
-    logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1].float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+def _loss(model: PreTrainedModel, ids: Tensor, cache: Any, chunk: int) -> float:
+    """Of all tokens but the first, read in passes of `chunk` tokens."""
+    total = 0.0
+    for start in range(0, ids.shape[1], chunk):
+        logits = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True).logits[0].float()
+        targets = ids[0, start + 1 : start + chunk + 1]
+        total += float(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum"))
+    return total
 
 
 @contextmanager

@@ -59,6 +59,11 @@ class LazyStates(Tensor):
     def materialize(self) -> Tensor:
         """The states `[batch, kv_heads, length, dim]` in the model's dtype, after RoPE."""
         self.require_current()
+        if not self.start and self.layer.reads_packed(self):
+            raise RuntimeError(
+                f"a SimulatedCache cannot serve this model: layer {self.layer.index} uses its keys or values before "
+                "attention is called, as multi-head latent attention does. Stream the text through a PackedCache"
+            )
         if not self.start:
             # the tail is a view with room behind it, but a handle claims to be contiguous
             return self.rotated_exact().contiguous()

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attach import attention_modules
@@ -14,9 +15,11 @@ from .attach import attention_modules
 _CONFIGURATION = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                   "num_key_value_heads", "head_dim", "rope_parameters")  # fmt: skip
 
-# Casts and light fine-tuning move the marks of weights by less; other weights, such as another seed's, by more.
-TOLERANCE = 0.05
+# Casts and fine-tuning move the marks of weights by less; other weights, such as another seed's, by more.
+SIZE_TOLERANCE, PROJECTION_TOLERANCE = 0.05, 0.3
 _COLUMNS = 64
+
+Marks = dict[str, list[float]]
 
 
 def configuration(model: PreTrainedModel) -> dict[str, Any]:
@@ -51,14 +54,12 @@ def differences(saved: dict[str, Any], model: PreTrainedModel) -> list[str]:
     if found:
         return found
     for index, module in attention_modules(model).items():
-        before, now = saved.get("attention_weights", {}).get(str(index)), _marks(module)
-        if before and now and not all(_close(*pair) for pair in zip(before, now, strict=False)):
-            return [f"the attention weights of layer {index} are others"]
+        before, now = saved.get("attention_weights", {}).get(str(index), {}), _marks(module)
+        for name in before.keys() & now.keys():
+            size, projection = (abs(x - y) for x, y in zip(before[name], now[name], strict=True))
+            if size > SIZE_TOLERANCE or projection > PROJECTION_TOLERANCE:
+                return [f"the weights {name} of attention layer {index} are others"]
     return []
-
-
-def _close(before: float, now: float) -> bool:
-    return abs(before - now) <= TOLERANCE
 
 
 def _attribute(config: Any, name: str) -> Any:
@@ -76,17 +77,29 @@ def _fingerprint(embeddings: nn.Module) -> str | None:
     return hashlib.sha256(weight[:64].detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _marks(attention: nn.Module) -> list[float]:
-    """Two numbers for each matrix of the module, from a sample with every output channel in it.
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, Marks]]" = weakref.WeakKeyDictionary()
+
+
+def _marks(attention: nn.Module) -> Marks:
+    """Two numbers for each weight and bias of the module, from a sample with every output channel in it.
 
     The logarithm of its root mean square, and its projection on a fixed wave relative to the deviation that random
-    weights have: about standard normal, so that two models rarely agree in all of them.
+    weights have: about standard normal, so that two models rarely agree in all of them. Adapters are left out.
     """
-    marks = []
-    for weight in attention.parameters():
-        if weight.ndim == 2 and weight.is_floating_point() and weight.device.type != "meta":
-            sample = weight.detach()[:, :_COLUMNS].float().flatten()
-            wave = torch.sin((torch.arange(sample.numel(), device=sample.device) % 8191) * 0.7) * math.sqrt(2)
-            norm = max(float(sample.norm()), 1e-30)
-            marks += [math.log(norm / math.sqrt(sample.numel())), float(sample @ wave) / norm]
-    return marks
+    weights = {
+        name: weight
+        for name, weight in attention.named_parameters()
+        if weight.is_floating_point() and weight.device.type != "meta" and "lora_" not in name
+    }
+    # reading weights takes a while, and a cache is made for every generate
+    state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights.values()]
+    if attention not in _known or _known[attention][0] != state:
+        _known[attention] = (state, {name: _mark(weight.detach()) for name, weight in weights.items()})
+    return _known[attention][1]
+
+
+def _mark(weight: Tensor) -> list[float]:
+    sample = weight.flatten(1)[:, :_COLUMNS].float().flatten() if weight.ndim > 1 else weight.float()
+    wave = torch.arange(sample.numel(), device=sample.device, dtype=torch.float32).remainder_(8191).mul_(0.7).sin_()
+    norm = max(float(sample.norm()), 1e-30)
+    return [math.log(norm / math.sqrt(sample.numel())), float(sample @ wave) * math.sqrt(2) / norm]

@@ -409,12 +409,14 @@ class PackedLayer(CacheLayerMixin):
             return self.tables
         block = self.formats.block
         seen = None if valid is None else valid[:, :block]
-        return {
-            side: NO_TABLES
-            if getattr(self.formats, side).codes == "exact"
-            else self.strategy.tables(self.spec, side, states[:, :, :block], seen).to(states.device)
-            for side, states in leaving.items()
-        }
+        # tables outlive this forward and may be shared: no tensors of inference mode, no graphs
+        with torch.inference_mode(False), torch.no_grad():
+            return {
+                side: NO_TABLES
+                if getattr(self.formats, side).codes == "exact"
+                else self.strategy.tables(self.spec, side, states[:, :, :block], seen).to(states.device)
+                for side, states in leaving.items()
+            }
 
     def _encode(self, states: Tensor, side: Side, valid: Tensor | None, tables: Tables) -> dict[str, Tensor]:
         block = self.formats.block
