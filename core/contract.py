@@ -333,7 +333,7 @@ def check_memory_counts_every_byte(strategy: CacheQuantizer) -> None:
         for store in (*layer.stores.values(), *layer.tails.values())
         for tensor in store.tensors()
     )
-    beside = ("sinks", "codebooks", "static scales", "rope", "host layers")
+    beside = ("cut block", "sinks", "codebooks", "static scales", "rope", "host layers")
     counted = sum(size for name, size in report.rows.items() if name not in beside)
     _require(held == counted, strategy, f"the memory report to count the {held} bytes held, got {counted}")
 

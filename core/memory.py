@@ -11,7 +11,7 @@ class MemoryReport(BaseModel):
     """Bytes held by a cache, one row per kind.
 
     Printing it gives a table. `rows` maps a kind ("key codes", "value scales", "key outliers", "codebooks",
-    "static scales", "tail", "sinks", "rope", "spare", "host layers") to bytes; they add up to
+    "static scales", "tail", "sinks", "cut block", "rope", "spare", "host layers") to bytes; they add up to
     `device_bytes + host_bytes`.
     """
 

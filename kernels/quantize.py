@@ -109,6 +109,37 @@ def normalise(
     return ratio.reshape(shape), scale.reshape(shape)
 
 
+def splice(
+    old: dict[str, Tensor], new: dict[str, Tensor], fmt: Format, side: Side, tokens: int, block: int
+) -> dict[str, Tensor]:
+    """One block, its first `tokens` tokens as `old` has them, the others as `new`.
+
+    Decoded numbers that are encoded again get a smaller range where the outermost levels of a codebook lie inside it;
+    what was coded once is therefore taken over. Grids per channel are those of a whole block and stay `new`.
+    """
+    if fmt.scale == "channel" or not fmt.packed:
+        return new
+    first = torch.arange(block, device=new["codes"].device) < tokens
+    spliced = dict(new)
+    if "scales" in new:
+        spliced["scales"] = torch.where(first[:, None, None], old["scales"], new["scales"])
+    if side == "key":
+        for name in new.keys() - {"scales"}:
+            spliced[name] = torch.where(first[:, None], old[name], new[name])
+        return spliced
+    by_nibble = fmt.codes == "codebook"
+    codes = [unpack(packed["codes"], fmt.bits, block, by_nibble=by_nibble, dtype=torch.uint8) for packed in (old, new)]
+    spliced["codes"] = pack(torch.where(first, *codes), fmt.bits, by_nibble=by_nibble)
+    if fmt.outliers:
+        index = torch.cat([old["outlier_index"], new["outlier_index"]], -1)
+        value = torch.cat([old["outlier_value"], new["outlier_value"]], -1)
+        of_old = torch.arange(index.shape[-1], device=index.device) < fmt.outliers
+        value = value.masked_fill((index < tokens) != of_old, 0)
+        largest = value.abs().topk(fmt.outliers, dim=-1).indices
+        spliced["outlier_index"], spliced["outlier_value"] = index.gather(-1, largest), value.gather(-1, largest)
+    return spliced
+
+
 def decode(
     packed: dict[str, Tensor],
     fmt: Format,

@@ -13,7 +13,7 @@ from ...kernels.format import Format, LayerFormat, Side
 from ...kernels.quantize import NO_TABLES, Tables
 from ..protocol import CacheQuantizer, LayerSpec
 from ..sinks import Sinks
-from ..store import ExactTail, PackedStore
+from ..store import ExactTail, PackedStore, compact
 from .compat import tokens_to_keep
 from .handles import LazyStates
 from .masks import key_validity
@@ -93,6 +93,8 @@ class PackedLayer(CacheLayerMixin):
         self.stores: dict[Side, PackedStore] = {"key": PackedStore(), "value": PackedStore()}
         self.tails: dict[Side, ExactTail] = {}
         self.sinks = Sinks(self.options.sink_tokens)
+        self._cut: dict[Side, dict[str, Tensor]] = {}
+        self._cut_tokens = 0
         self._mask: Tensor | None = None
         self._rotary: Rotate | None = None
         self._table: RotaryTable | None = None
@@ -198,7 +200,8 @@ class PackedLayer(CacheLayerMixin):
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens.
 
-        A cut inside a packed block decodes the rest of that block into the tail, where it is packed again later.
+        A cut inside a packed block decodes the rest of that block into the tail. Its codes are kept: packed again
+        later, these tokens get the same codes, and cutting at one place over and over loses nothing more.
         """
         if length < 0:
             raise ValueError(f"truncate({length}): a cache keeps 0 or more tokens; crop(-k) removes the newest k")
@@ -208,9 +211,15 @@ class PackedLayer(CacheLayerMixin):
         if length >= self.packed_tokens:
             for tail in self.tails.values():
                 tail.truncate(length - self.packed_tokens)
+            self._keep_codes(length - self.packed_tokens, self._cut)
             return
         blocks, rest = divmod(length, self.formats.block)
         packed = self.packed_tokens
+        # copies: the store gives the memory of what it drops back
+        halved: dict[Side, dict[str, Tensor]] = {
+            side: {name: t.clone() for name, t in self.stores[side].read(blocks, blocks + 1).items()} for side in SIDES
+        }
+        self._keep_codes(rest, halved)
         for side in SIDES:
             cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.tails[side].dtype)
             self.sinks.restore(cut, side, blocks * self.formats.block, packed)
@@ -310,6 +319,8 @@ class PackedLayer(CacheLayerMixin):
                 sizes[row] = sizes.get(row, 0) + tensor.untyped_storage().nbytes()
         sizes["tail"] = sum(tail.used_bytes() for tail in self.tails.values())
         sizes["sinks"] = self.sinks.held_bytes()
+        kept = [tensor for named in self._cut.values() for tensor in named.values()]
+        sizes["cut block"] = sum(tensor.untyped_storage().nbytes() for tensor in kept)
         buffers = [*self.stores.values(), *self.tails.values()]
         used = sum(sum(store.used_bytes().values()) for store in self.stores.values()) + sizes["tail"]
         sizes["spare"] = sum(buffer.held_bytes() for buffer in buffers) - used
@@ -334,9 +345,11 @@ class PackedLayer(CacheLayerMixin):
         for side in SIDES:
             tensors[f"tail.{side}"] = self.tails[side].read()
             tensors.update({f"packed.{side}.{name}": tensor for name, tensor in self.stores[side].read().items()})
+            tensors.update({f"cut.{side}.{name}": tensor for name, tensor in self._cut.get(side, {}).items()})
             fitted = self.tables.get(side, NO_TABLES).tensors()
             tensors.update({f"tables.{side}.{name}": tensor for name, tensor in fitted.items()})
-        return {"formats": self.formats.model_dump(mode="json"), "blocks": self.stores["key"].blocks}, tensors
+        values = {"formats": self.formats.model_dump(mode="json"), "blocks": self.stores["key"].blocks}
+        return {**values, "cut": self._cut_tokens}, tensors
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`, on the device of `tensors`. Raises ValueError when the formats are not the same."""
@@ -354,6 +367,8 @@ class PackedLayer(CacheLayerMixin):
                 self.stores[side].append(_under(f"packed.{side}.", tensors))
                 self.tables[side] = Tables(**_under(f"tables.{side}.", tensors))
             self.tails[side].append(tails[side])
+        self._cut_tokens = values["cut"]
+        self._cut = {side: _under(f"cut.{side}.", tensors) for side in SIDES} if self._cut_tokens else {}
         sinks: dict[Side, Tensor] = {side: tensors[f"sinks.{side}"] for side in SIDES if f"sinks.{side}" in tensors}
         self.sinks = Sinks(self.options.sink_tokens, tensors.get("first"), sinks)
 
@@ -397,6 +412,9 @@ class PackedLayer(CacheLayerMixin):
         packed = {side: self._encode(states, side, valid, tables[side]) for side, states in leaving.items()}
         for side in SIDES:
             self.stores[side].require_fitting(packed[side])
+            if self._cut_tokens:
+                packed[side] = self._with_kept_codes(packed[side], side)
+        self._keep_codes(0, {})
         for side, states in held.items():
             self.stores[side].append(packed[side])
             self.tails[side].replace(states[:, :, packing:])
@@ -417,6 +435,18 @@ class PackedLayer(CacheLayerMixin):
                 else self.strategy.tables(self.spec, side, states[:, :, :block], seen).to(states.device)
                 for side, states in leaving.items()
             }
+
+    def _keep_codes(self, tokens: int, cut: dict[Side, dict[str, Tensor]]) -> None:
+        """Remember that the first `tokens` tokens of the tail, at most as many as before, were coded as in `cut`."""
+        tokens = min(tokens, self._cut_tokens) if cut is self._cut else tokens
+        self._cut, self._cut_tokens = (cut, tokens) if tokens else ({}, 0)
+
+    def _with_kept_codes(self, packed: dict[str, Tensor], side: Side) -> dict[str, Tensor]:
+        """`packed`, in which the first tokens keep the codes they had before a cut."""
+        first = {name: tensor[:, :, :1] for name, tensor in packed.items()}
+        fmt, block = getattr(self.formats, side), self.formats.block
+        first = quantize.splice(self._cut[side], first, fmt, side, self._cut_tokens, block)
+        return {name: torch.cat([first[name], tensor[:, :, 1:]], dim=2) for name, tensor in packed.items()}
 
     def _encode(self, states: Tensor, side: Side, valid: Tensor | None, tables: Tables) -> dict[str, Tensor]:
         block = self.formats.block
@@ -450,6 +480,7 @@ class PackedLayer(CacheLayerMixin):
             return
         for buffer in (*self.stores.values(), *self.tails.values()):
             buffer.map(change)
+        self._cut = {side: {name: compact(change(t)) for name, t in named.items()} for side, named in self._cut.items()}
         self.sinks = self.sinks.map(change)
         self._mask = None
 
