@@ -59,7 +59,7 @@ def invoke(*arguments):
 
 
 def command(folder, out, spec="kvquant:bits=3", **options):
-    given = {"model": folder, "text": folder / "text.txt", "samples": 3, "length": 160, "out": out} | options
+    given = {"model": folder, "text": folder / "text.txt", "samples": 3, "length": 320, "out": out} | options
     return ("calibrate", spec, *(part for name, value in given.items() for part in (f"--{name}", value)))
 
 
@@ -98,10 +98,10 @@ def test_the_output_says_what_it_is_worth_and_how_to_use_it(finished):
     size = sum(path.stat().st_size for path in out.iterdir())
     assert f"saved to {out}: {size:,} bytes" in lines
     evidence = json.loads((out / "calibration.json").read_text())["evidence"]
-    assert f"3 windows of 160 tokens of the text text.txt took {evidence['seconds']:.1f} s" in lines
+    assert f"3 windows of 320 tokens of the text text.txt took {evidence['seconds']:.1f} s" in lines
     (perplexity,) = (line for line in lines if line.startswith("perplexity"))
     assert f"{evidence['perplexity_exact']:.4f} unquantized, {evidence['perplexity']:.4f} through" in perplexity
-    assert "159 held-out tokens" in perplexity
+    assert "319 held-out tokens" in perplexity
     assert "newest 128 exact" in perplexity
 
 
@@ -129,6 +129,12 @@ def test_no_held_out_windows_no_perplexity(folder, tmp_path):
     assert "perplexity" not in result.output
     strategy = registry.get("qnorm").from_pretrained(tmp_path)
     assert strategy.base == registry.parse("uniform:bits=2")
+
+
+def test_windows_too_short_to_read_anything_packed_tell_no_perplexity(folder, tmp_path):
+    result = invoke(*command(folder, tmp_path, length=160))
+    assert result.exit_code == 0, result.output
+    assert "perplexity" not in result.output
 
 
 def test_windows_are_as_long_as_the_model_takes_by_default(folder, tmp_path):
@@ -224,6 +230,7 @@ def test_a_finished_calibration_is_replaced_only_on_demand(folder, finished, tmp
         ("SPEC", "kvquant:bits=5", "bits: Input should be 2, 3 or 4"),
         ("SPEC", "kvquant:calibration=/no/such/folder", "there is no calibration folder"),
         ("SPEC", "kvquant:calibration=prompt", "names a calibration already"),
+        ("SPEC", "kvquant:datatype=nf,key_scale=channel", "is fitted to nothing; use it as it is"),
         ("SPEC", "uniform", "needs no calibration; use it as it is. These can be calibrated: kvquant, qnorm"),
         ("--model", "/no/such/model", "there is no folder '/no/such/model'"),
         ("--text", "{folder}/absent.txt", "No such file"),

@@ -96,7 +96,7 @@ class Learned(CalibratedStrategy):
         return LayerFormat(key=key, value=Format(codes="codebook", bits=4), block=64)
 
     def fit(self, layer: LayerSpec, side: Side, fmt: Format, statistics: Statistics) -> Tables:
-        return fitted_tables(statistics, fmt, "nuq", "fisher-scaled")
+        return fitted_tables(statistics, fmt, side, "nuq", "fisher-scaled")
 
     def require_model(self, model: Any) -> None:
         careless = self.fault == "serves without a calibration" and not self.calibrated

@@ -241,7 +241,6 @@ class _Gathering:
                     )
             self._note(layer)
             observe(layer, side, states, gradient)
-            seen.add((layer.index, side))
 
         cache = TapCache(self._model, self._strategy, tap, gradients=gradients)
         if not cache.packed_layers:

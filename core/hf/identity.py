@@ -89,7 +89,7 @@ def _marks(attention: nn.Module) -> Marks:
     weights = {
         name: weight
         for name, weight in attention.named_parameters()
-        if weight.is_floating_point() and weight.device.type != "meta" and "lora_" not in name
+        if weight.is_floating_point() and weight.numel() and weight.device.type != "meta" and "lora_" not in name
     }
     # reading weights takes a while, and a cache is made for every generate
     state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights.values()]
@@ -99,7 +99,7 @@ def _marks(attention: nn.Module) -> Marks:
 
 
 def _mark(weight: Tensor) -> list[float]:
-    sample = weight.flatten(1)[:, :_COLUMNS].float().flatten() if weight.ndim > 1 else weight.float()
+    sample = (weight.flatten(1)[:, :_COLUMNS] if weight.ndim > 1 else weight).float().flatten()
     wave = torch.arange(sample.numel(), device=sample.device, dtype=torch.float32).remainder_(8191).mul_(0.7).sin_()
     norm = max(float(sample.norm()), 1e-30)
     return [math.log(norm / math.sqrt(sample.numel())), float(sample @ wave) * math.sqrt(2) / norm]

@@ -1,5 +1,6 @@
 """A calibration is kept whole, serves its own model and settings only, and says what is wrong otherwise."""
 
+import copy
 import json
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from cachequant import registry
 from cachequant.core import Format, LayerFormat, LayerSpec, PackedCache, Side, Tables
 from cachequant.core.calibration import CalibratedStrategy, Calibration, Statistics, fitted_tables
 from cachequant.core.calibration.artifact import NUMBERS, RECORD
+from cachequant.core.hf import identity
+from cachequant.core.hf.identity import identify
 from cachequant.strategies.kvquant import KVQuant
 from cachequant.strategies.qnorm import QNorm
 
@@ -47,7 +50,7 @@ def test_what_is_saved_is_read_back_equal(calibrated, folder):
     assert loaded == calibrated
     assert hash(loaded) == hash(calibrated)
     assert loaded.calibration.source == str(folder)
-    assert loaded.calibration.record == calibrated.calibration.record
+    assert loaded.calibration.record.model_copy(update={"numbers": ""}) == calibrated.calibration.record
     for index, sides in calibrated.calibration.statistics.items():
         for side, statistics in sides.items():
             found = loaded.calibration.of(index, side).tensors()
@@ -106,6 +109,33 @@ def test_calibrations_do_not_depend_on_names_of_folders(calibrated, folder, tmp_
     assert KVQuant.from_pretrained(tmp_path / "elsewhere") == calibrated
 
 
+def test_evidence_and_settings_make_no_other_calibration(calibrated):
+    record = calibrated.calibration.record
+    evidence = record.evidence.model_copy(update={"seconds": 1e6, "perplexity": 7.0})
+    told = record.model_copy(update={"evidence": evidence, "settings": {"bits": 2}})
+    assert Calibration(told, calibrated.calibration.statistics) == calibrated.calibration
+    recipe = record.model_copy(update={"recipe": record.recipe.model_copy(update={"outliers": 0.05})})
+    assert Calibration(recipe, calibrated.calibration.statistics) != calibrated.calibration
+
+
+def test_a_deep_copy_is_the_calibration_itself(calibrated):
+    assert copy.deepcopy(calibrated.calibration) is calibrated.calibration
+    assert copy.deepcopy(calibrated) == calibrated
+
+
+def test_homes_are_expanded(calibrated, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    saved = calibrated.save_pretrained("~/kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert KVQuant.from_pretrained("~/kept") == saved == calibrated
+
+
+def test_the_calibration_is_no_setting_to_change_when_reading(calibrated, folder):
+    with pytest.raises(ValueError, match=f"the calibration comes from {folder}; construct the strategy"):
+        KVQuant.from_pretrained(folder, calibration=calibrated.calibration)
+
+
 # ---- missing, damaged, old -------------------------------------------------------------------------------------------
 
 
@@ -153,7 +183,24 @@ def test_a_record_without_fields_is_damaged(folder):
 def test_numbers_that_the_record_promises_are_missed(folder):
     tensors = load_file(folder / NUMBERS)
     save_file({name: t for name, t in tensors.items() if not name.startswith("1.value")}, folder / NUMBERS)
+    with pytest.raises(ValueError, match="is not the one that calibration.json was written with; calibrate again"):
+        KVQuant.from_pretrained(folder)
+
+
+def test_sides_that_were_saved_without_numbers_are_missed(calibrated, tmp_path):
+    whole = calibrated.calibration
+    partial = {**whole.statistics, 1: {"key": whole.of(1, "key")}}
+    Calibration(whole.record, partial).save(tmp_path)
     with pytest.raises(ValueError, match="it lacks the values of layer 1; calibrate again"):
+        KVQuant.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("mixed", [RECORD, NUMBERS])
+def test_files_of_two_calibrations_are_refused(calibrated, folder, model, windows, tmp_path, mixed):
+    other = calibrated.calibrate(model, None, windows(3, 64, seed=2), samples=2)
+    other.save_pretrained(tmp_path / "other")
+    (folder / mixed).write_bytes((tmp_path / "other" / mixed).read_bytes())
+    with pytest.raises(ValueError, match=f"{NUMBERS} is not the one that {RECORD} was written with; calibrate again"):
         KVQuant.from_pretrained(folder)
 
 
@@ -205,6 +252,12 @@ def test_a_hub_that_has_nothing_is_reported(monkeypatch, tmp_path):
         KVQuant.from_pretrained("someone/nothing")
 
 
+def test_names_that_no_repository_can_have_are_reported(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder 'some one/nothing', and the hub gave no calibration"):
+        KVQuant.from_pretrained("some one/nothing")
+
+
 def test_pushing_uploads_what_saving_writes(calibrated, monkeypatch):
     calls: list[Any] = []
 
@@ -251,13 +304,54 @@ def test_other_weights_of_the_same_configuration_are_refused(calibrated, build):
     other = build()
     with torch.no_grad():
         other.model.layers[1].self_attn.k_proj.weight.mul_(1.1)
-    with pytest.raises(ValueError, match="another model: the attention weights of layer 1 are others"):
+    with pytest.raises(ValueError, match=r"the weights k_proj\.weight of attention layer 1 are others"):
         PackedCache(other, calibrated)
 
 
 def test_another_seed_of_the_same_configuration_is_refused(calibrated, build):
     with pytest.raises(ValueError, match="is of another model"):
         PackedCache(build(seed=1), calibrated)
+
+
+@pytest.mark.parametrize("change", [lambda bias: bias + 1, lambda bias: -bias], ids=["size", "sign"])
+def test_other_biases_are_refused(build, windows, change):
+    model, other = build(attention_bias=True), build(attention_bias=True)
+    strategy = KVQuant(block=32).calibrate(model, None, windows(2, 64), samples=2, heldout=0)
+    strategy.require_model(other)
+    with torch.no_grad():
+        bias = other.model.layers[0].self_attn.v_proj.bias
+        bias.copy_(change(bias))
+    # weights that were read before are read again
+    with pytest.raises(ValueError, match=r"the weights v_proj\.bias of attention layer 0 are others"):
+        strategy.require_model(other)
+
+
+def test_marks_are_the_same_under_another_default_dtype(build):
+    expected = identify(build())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert identify(build()) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_adapters_and_small_changes_are_no_other_model(calibrated, build):
+    model = build()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.self_attn.k_proj.weight
+            weight.add_(0.1 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+            layer.self_attn.k_proj.lora_A = torch.nn.Linear(4, 4)
+            layer.self_attn.temperature = torch.nn.Parameter(torch.tensor(1.0))
+    calibrated.require_model(model)
+    assert "temperature" in identify(model)["attention_weights"]["0"]
+    assert not any("lora" in name for name in identify(model)["attention_weights"]["0"])
+
+
+def test_marks_are_read_once_for_each_state_of_the_weights(model, monkeypatch):
+    identify(model)
+    monkeypatch.setattr(identity, "_mark", lambda weight: pytest.fail("read again"))
+    identify(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -343,7 +437,7 @@ def test_tables_are_fitted_once_for_each_layer_and_side(calibrated):
 
         def fit(self, layer: LayerSpec, side: Side, fmt: Format, statistics: Statistics) -> Tables:
             fits.append((layer.index, side))
-            return fitted_tables(statistics, fmt, "nuq", "equal")
+            return fitted_tables(statistics, fmt, side, "nuq", "equal")
 
     from cachequant.core.hf.tiny import tiny_model
 

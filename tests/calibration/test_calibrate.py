@@ -1,7 +1,7 @@
 """A calibration measures what the model really computes, can be interrupted anywhere, and leaves the model alone."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import DynamicCache, PreTrainedModel
 
-from cachequant.core import PackedCache, attach
-from cachequant.core.calibration import resume
+from cachequant.core import Format, LayerFormat, LayerSpec, PackedCache, Side, Strategy, Tables, attach
+from cachequant.core.calibration import CalibratedStrategy, Statistics, fitted_tables, resume
 from cachequant.core.calibration.statistics import BINS
 from cachequant.core.hf.attach import attention_modules, is_attached
-from cachequant.core.hf.calibrate import cut
+from cachequant.core.hf.calibrate import EVIDENCE_CHUNK, cut
 from cachequant.core.hf.taps import TapCache
 from cachequant.kernels.quantize import decode
 from cachequant.strategies.kvquant import KVQuant
@@ -267,6 +267,26 @@ def test_held_out_windows_measure_perplexity_with_and_without_the_cache(build, w
     assert evidence.perplexity != evidence.perplexity_exact
     assert evidence.heldout_tokens == 199
     assert evidence.residual_length == 128
+
+
+def test_perplexity_is_that_of_streaming_through_the_packed_cache(build, windows):
+    model, ids = build(), windows(3, 230)
+    strategy = PLAIN.calibrate(model, None, ids, samples=2, heldout=1)
+    cache, logits = PackedCache(model, strategy), []
+    with torch.no_grad():
+        for part in ids[2:].split(EVIDENCE_CHUNK, dim=1):
+            logits.append(model(part, past_key_values=cache).logits[0])
+    expected = cross_entropy(torch.cat(logits)[:-1], ids[2, 1:]).exp()
+    assert strategy.calibration.record.evidence.perplexity == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "told"), [(EVIDENCE_CHUNK + 128 + BLOCK - 1, False), (EVIDENCE_CHUNK + 128 + BLOCK, True)]
+)
+def test_windows_that_read_nothing_packed_tell_no_perplexity(build, windows, length, told):
+    evidence = PLAIN.calibrate(build(), None, windows(3, length), samples=2).calibration.record.evidence
+    assert (evidence.perplexity is not None) == told
+    assert evidence.perplexity_exact is not None
 
 
 def test_block_statistics_come_from_whole_blocks(build, windows):
@@ -670,6 +690,82 @@ def test_a_model_in_another_dtype_gives_nearly_the_same_statistics(build, window
         assert b.density.isfinite().all()
 
 
-def test_codes_without_grids_cannot_be_calibrated(build, windows):
-    with pytest.raises(ValueError, match="exact"):
-        measured(build(), windows(2, 40), QNorm(base="none"))
+class Partly(CalibratedStrategy):
+    """Codebooks for the values of the second layer; `key_codes` for its keys; nothing in the first layer."""
+
+    name: ClassVar[str] = "partly"
+
+    key_codes: str = "exact"
+
+    def formats(self, layer: LayerSpec) -> LayerFormat | None:
+        value = Format(codes="codebook", bits=2)
+        return None if layer.index == 0 else LayerFormat(key=Format(codes=self.key_codes), value=value, block=BLOCK)
+
+    def fit(self, layer: LayerSpec, side: Side, fmt: Format, statistics: Statistics) -> Tables:
+        return fitted_tables(statistics, fmt, side, "nuq", "equal")
+
+
+class PartlyUniform(Strategy):
+    """The same without a calibration, on affine grids."""
+
+    name: ClassVar[str] = "partly-uniform"
+
+    def formats(self, layer: LayerSpec) -> LayerFormat | None:
+        key = Format(codes="exact")
+        return None if layer.index == 0 else LayerFormat(key=key, value=Format(bits=2), block=BLOCK)
+
+
+@pytest.mark.parametrize(
+    "strategy", [Partly(), QNorm(base=Partly()), QNorm(base=PartlyUniform())], ids=["alone", "q-norm", "q-norm-uniform"]
+)
+def test_exact_layers_and_sides_are_not_measured(build, windows, strategy):
+    model = build()
+    strategy = strategy.calibrate(model, None, windows(2, 64), samples=2, heldout=0)
+    calibration = strategy.calibration
+    assert {index: list(sides) for index, sides in calibration.statistics.items()} == {1: ["value"]}
+    assert {index: list(layer.views) for index, layer in calibration.record.layers.items()} == {1: ["value"]}
+    strategy.require_model(model)
+    cache = PackedCache(model, strategy, residual_length=0)
+    with torch.no_grad():
+        model(windows(2, 96), past_key_values=cache)
+        assert model(windows(2, 1), past_key_values=cache).logits.isfinite().all()
+    (layer,) = cache.packed_layers
+    assert layer.packed_tokens == 96
+    assert (layer.tables["value"].gain is None) == isinstance(strategy, Partly)
+
+
+def test_codes_of_its_own_cannot_be_calibrated(build, windows):
+    with pytest.raises(ValueError, match="'custom' codes of the keys of layer 1 cannot be calibrated"):
+        measured(build(), windows(2, 40), Partly(key_codes="custom"))
+
+
+def test_windows_of_nothing_but_sinks_are_refused(build, windows):
+    strategy = KVQuant(block=BLOCK, sink_tokens=40)
+    with pytest.raises(ValueError, match="windows of 40 tokens are all sinks with sink_tokens=40; use longer windows"):
+        measured(build(), windows(2, 40), strategy)
+    assert measured(build(), windows(2, 41), strategy).of(1, "key").density.sum() > 0
+
+
+def test_windows_shorter_than_a_block_are_refused_at_once(build, windows):
+    calls = []
+    with pytest.raises(ValueError, match="windows of 20 tokens are shorter than a block of 32; use longer ones"):
+        measured(build(), windows(3, 20), report=lambda *call: calls.append(call))
+    assert calls == [("ranges", 0, 3)]
+
+
+def test_token_ids_may_be_of_any_integer_type(build, windows):
+    ids = windows(3, 40)
+    assert equal(*(PLAIN.calibrate(build(), None, each, samples=2).calibration for each in (ids, ids.int())))
+
+
+def test_a_strategy_first_used_in_inference_mode_serves_gradients_later(build, windows):
+    model = build()
+    strategy = PLAIN.calibrate(model, None, windows(2, 64), samples=2, heldout=0)
+    for context in (torch.inference_mode, torch.enable_grad):
+        with context():
+            cache = PackedCache(model, strategy, residual_length=0)
+            model(windows(2, 64), past_key_values=cache)
+            logits = model(windows(2, 3), past_key_values=cache).logits
+    logits.sum().backward()
+    assert model.model.layers[1].self_attn.q_proj.weight.grad.abs().max() > 0
+    assert not any(tensor.is_inference() for tensor in cache.packed_layers[0].tables["key"].tensors().values())

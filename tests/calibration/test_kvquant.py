@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from cachequant import registry
 from cachequant.core import LayerSpec, PackedCache
+from cachequant.core.calibration.kmeans import normal_float
 from cachequant.core.hf.rope import RotaryFunction
 from cachequant.strategies.kvquant import KVQuant
 
@@ -155,6 +156,7 @@ def test_key_and_value_bits_may_differ():
     [
         ({}, ("fisher-scaled", False, True)),
         ({"profile": "repository"}, ("fisher", True, True)),
+        ({"profile": "repository", "sink_tokens": 0}, ("fisher", False, True)),
         ({"weights": "equal"}, ("equal", False, False)),
         ({"datatype": "nf"}, ("fisher-scaled", False, False)),
     ],
@@ -203,8 +205,8 @@ def test_memory_is_codes_slots_and_the_numbers_all_tokens_share(build, windows, 
     assert rows.get("value outliers", 0) == heads * 4 * value_slots * dim // BLOCK
     assert "key scales" not in rows
     assert rows["codebooks"] == 2 * 2 * 2**bits * 4
-    # scale, zero and sensitivity of every channel of the keys; sensitivity of the values
-    assert rows["static scales"] == 2 * (3 + 1) * 2 * dim * 4
+    # scale and zero of every channel of the keys, and its sensitivity where slots are given by it
+    assert rows["static scales"] == 2 * (3 if outliers else 2) * 2 * dim * 4
     assert rows["sinks"] >= 2 * 2 * batch * 2 * 3 * dim * 4
     # one row for both rows of the batch and both layers: cos and sin, half the channels
     assert rows["rope"] >= tokens * dim * 4
@@ -228,6 +230,16 @@ def test_a_prompt_is_fitted_with_its_first_block_and_never_again(model, windows,
         for length in (20, 20, 64, 1, 40):
             model(windows(2, length), past_key_values=cache)
     assert sorted(fits) == [(i, side) for i in (0, 1) for side in ("key", "value")]
+
+
+@pytest.mark.parametrize(("tokens", "fitted"), [(15, False), (16, True)])
+def test_a_prompt_of_few_tokens_is_read_with_normal_float(tokens, fitted):
+    strategy = KVQuant(calibration="prompt", bits=2, block=BLOCK)
+    states = torch.randn(1, 2, BLOCK, 128, generator=torch.Generator().manual_seed(0)).exp()
+    valid = (torch.arange(BLOCK) >= BLOCK - tokens)[None]
+    for side in ("key", "value"):
+        codebook = strategy.tables(SPEC, side, states, valid).codebook
+        assert torch.equal(codebook, normal_float(2)) != fitted
 
 
 def test_a_saved_cache_of_a_prompt_fit_goes_on_without_fitting(model, windows, monkeypatch, tmp_path):

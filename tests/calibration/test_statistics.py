@@ -109,7 +109,7 @@ def test_worked_example_codebooks_from_a_density(axis, weights, levels):
     normalised, _, fisher, squares = normalised_example(axis)
     density = Density()
     density.add(normalised, squares.sqrt(), torch.ones_like(normalised, dtype=torch.bool), fisher)
-    tables = fitted_tables(Statistics(density.mass.float()), Format(codes="codebook", bits=2), "nuq", weights)
+    tables = fitted_tables(Statistics(density.mass.float()), Format(codes="codebook", bits=2), "key", "nuq", weights)
     assert_close(tables.codebook, torch.tensor(levels), atol=1 / BINS, rtol=0)
 
 
@@ -273,22 +273,31 @@ def test_static_grids_span_their_range(bits, codes):
 def test_without_mass_where_it_counts_every_number_counts_alike(weights):
     mass = torch.zeros(3, BINS)
     mass[0, [3, 900, 1500, 2000]] = 1.0
-    tables = fitted_tables(Statistics(mass), Format(codes="codebook", bits=2), "nuq", weights)
+    tables = fitted_tables(Statistics(mass), Format(codes="codebook", bits=2), "key", "nuq", weights)
     assert_close(tables.codebook.double(), bin_centres()[[3, 900, 1500, 2000]], atol=1e-6, rtol=0)
 
 
 def test_without_any_mass_the_codebook_is_normal_float():
-    tables = fitted_tables(Statistics(torch.zeros(3, BINS)), Format(codes="codebook", bits=3), "nuq", "fisher")
+    tables = fitted_tables(Statistics(torch.zeros(3, BINS)), Format(codes="codebook", bits=3), "key", "nuq", "fisher")
     assert torch.equal(tables.codebook, normal_float(3))
     assert normalised_tables(Statistics(torch.zeros(3, BINS)), Format(codes="codebook", bits=3), tables) == tables
 
 
 def test_datatypes_choose_the_codebook():
     statistics, fmt = Statistics(torch.ones(3, BINS)), Format(codes="codebook", bits=2)
-    assert torch.equal(fitted_tables(statistics, fmt, "nf", "equal").codebook, normal_float(2))
-    assert fitted_tables(statistics, Format(bits=2), "int", "equal").codebook is None
-    uniform = fitted_tables(statistics, fmt, "nuq", "equal").codebook
+    assert torch.equal(fitted_tables(statistics, fmt, "key", "nf", "equal").codebook, normal_float(2))
+    assert fitted_tables(statistics, Format(bits=2), "key", "int", "equal").codebook is None
+    uniform = fitted_tables(statistics, fmt, "key", "nuq", "equal").codebook
     assert_close(uniform, torch.tensor([-0.75, -0.25, 0.25, 0.75]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("side", "outliers", "kept"), [("key", 2, True), ("key", 0, False), ("value", 2, False)])
+@pytest.mark.parametrize("datatype", ["nuq", "nf", "int"])
+def test_tables_carry_sensitivities_where_slots_of_keys_are_given_by_them(datatype, side, outliers, kept):
+    fmt = Format(codes="affine" if datatype == "int" else "codebook", bits=2, outliers=outliers)
+    statistics = Statistics(torch.ones(3, BINS), sensitivity=torch.rand(2, 64))
+    tables = fitted_tables(statistics, fmt, side, datatype, "equal")
+    assert (tables.sensitivity is statistics.sensitivity) == kept
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
@@ -303,7 +312,7 @@ def test_q_norm_decodes_with_the_moments_of_the_original(datatype, scale, side):
     density.add(normalised, width, torch.ones_like(normalised, dtype=torch.bool))
     low, high = (states.amin((0, 2)), states.amax((0, 2))) if scale == "static" else (None, None)
     statistics = Statistics(density.mass.float(), low, high)
-    plain = fitted_tables(statistics, fmt, datatype, "equal")
+    plain = fitted_tables(statistics, fmt, side, datatype, "equal")
     tables = normalised_tables(statistics, fmt, plain)
     packed = encode(states, fmt, side, 32, tables=tables)
     assert torch.equal(packed["codes"], encode(states, fmt, side, 32, tables=plain)["codes"])

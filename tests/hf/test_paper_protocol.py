@@ -118,3 +118,15 @@ def test_a_block_that_is_not_full_is_refused_with_the_length_that_fits(model, id
 def test_options_that_would_leave_tokens_exact_are_refused(model, option):
     with pytest.raises(ValueError, match="leaves nothing exact"):
         SimulatedCache(model, registry.parse("uniform"), every_token=True, **option)
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+def test_models_that_expand_latents_themselves_are_refused(every_token):
+    from .conftest import build_model
+
+    model = build_model("deepseek-v3")
+    ids = torch.randint(2, 97, (1, 128), generator=torch.Generator().manual_seed(0))
+    cache = SimulatedCache(model, registry.parse("uniform:key_rope=post"), every_token=every_token)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="SimulatedCache cannot serve this model: layer 0 uses its"):
+        model(ids, past_key_values=cache)
+    detach(model)
