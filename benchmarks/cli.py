@@ -278,6 +278,8 @@ def _summary(
             f"{evidence.heldout_tokens} held-out tokens, each reading packed what a cache that keeps the newest "
             f"{evidence.residual_length} exact has packed by then"
         )
+    elif evidence.heldout_tokens:
+        yield f"windows of {evidence.length} tokens are too short to read anything packed: no perplexity was measured"
     yield "use it with"
     yield f"  from cachequant import registry; registry.get({strategy.name!r}).from_pretrained({str(out)!r})"
     chosen = [] if model is None else ["--model", model]

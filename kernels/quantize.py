@@ -73,18 +73,14 @@ def encode(
         if keep is not None:
             residual = residual * keep
         rows = residual if side == "key" else residual.transpose(-1, -2)
-        ranking = _ranking(rows, side, tables)
-        if spread.outside is not None:
-            outside = spread.outside if side == "key" else spread.outside.transpose(-1, -2)
-            ranking = ranking.masked_fill(outside, torch.inf)
-        index = ranking.topk(fmt.outliers, dim=-1).indices
+        index = _costs(rows, side, tables).topk(fmt.outliers, dim=-1).indices
         packed["outlier_index"] = index.to(torch.int16)
         packed["outlier_value"] = rows.gather(-1, index).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     return packed
 
 
-def _ranking(residual: Tensor, side: Side, tables: Tables) -> Tensor:
-    """By what the numbers of a packed row compete for its slots."""
+def _costs(residual: Tensor, side: Side, tables: Tables) -> Tensor:
+    """By what the errors of a packed row compete for its slots."""
     if side == "value" or tables.sensitivity is None:
         return residual.abs()  # a row of values is one channel
     return residual.abs() * tables.sensitivity[:, None, None]
@@ -208,8 +204,6 @@ class _Spread(NamedTuple):
     zero: Tensor
     stored: dict[str, Tensor]
     """What of the grids has to be kept with the codes."""
-    outside: Tensor | None
-    """The numbers that their ranges leave to outlier slots: bool, as `states`."""
 
 
 def _spread(states: Tensor, fmt: Format, side: Side, block: int, keep: Tensor | None, tables: Tables) -> _Spread:
@@ -217,16 +211,15 @@ def _spread(states: Tensor, fmt: Format, side: Side, block: int, keep: Tensor | 
     if fmt.rotation == "hadamard":
         x = hadamard_rotate(x)
     stored: dict[str, Tensor] = {}
-    outside = _left_to_slots(x, fmt, side, keep) if fmt.trim else None
     if fmt.scale == "static":
         scale, zero = _static_grid(tables)
     else:
-        stored["scales"] = _online_scales(x, fmt, keep, outside)
+        stored["scales"] = _online_scales(x, fmt, side, keep, tables)
         scale, zero = _grid(stored["scales"], fmt)
     grouped = x.unflatten(-1, (scale.shape[-2], -1))
     ratio = (grouped - zero) / scale
     # a zero scale means a constant vector: level 0 and the zero point give it back
-    return _Spread(x, torch.where(scale > 0, ratio, torch.zeros_like(ratio)), scale, zero, stored, outside)
+    return _Spread(x, torch.where(scale > 0, ratio, torch.zeros_like(ratio)), scale, zero, stored)
 
 
 def _blockwise(valid: Tensor | None, block: int) -> Tensor | None:
@@ -246,13 +239,14 @@ def _pack_rows(codes: Tensor, fmt: Format, side: Side) -> Tensor:
     return pack(rows, fmt.bits, by_nibble=fmt.codes == "codebook")
 
 
-def _online_scales(x: Tensor, fmt: Format, keep: Tensor | None, outside: Tensor | None) -> Tensor:
+def _online_scales(x: Tensor, fmt: Format, side: Side, keep: Tensor | None, tables: Tables) -> Tensor:
     """float16 `(scale, zero)`, or `(scale,)` when symmetric, from the range of each group.
 
     `[..., blocks, block, groups, numbers]` per token, `[..., blocks, head_dim, numbers]` per channel.
     """
     seen = keep if fmt.scale == "channel" else None  # a token's range is of that token alone
-    if outside is not None:
+    if fmt.trim:
+        outside = _left_to_slots(x, fmt, side, keep, tables)
         seen = ~outside if seen is None else seen & ~outside
     low, high = _ranges(_vectors(x, fmt), None if seen is None else _vectors(seen, fmt))
     steps = 2 if fmt.codes == "codebook" else 2**fmt.bits - 1
@@ -279,11 +273,12 @@ def _ranges(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     return low.masked_fill(none, 0), high.masked_fill(none, 0)
 
 
-def _left_to_slots(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> Tensor:
-    """Which numbers outlier slots bring back, so that ranges need not cover them: bool, as `x`.
+def _left_to_slots(x: Tensor, fmt: Format, side: Side, keep: Tensor | None, tables: Tables) -> Tensor:
+    """Which numbers are left to outlier slots, so that ranges need not cover them: bool, as `x`.
 
     Candidates are the `trim` largest and smallest of each scale, by rank. Where a packed row has more of them than
-    slots, those furthest outside the range of the rest are taken; the others stay inside the range.
+    slots, those that would cost most beyond the range of the rest are taken; the others stay inside the range. Slots
+    go to the costliest errors in the end: what saturates by less than others are rounded saturates.
     """
     vectors = _vectors(x, fmt)
     low, high = vectors, vectors
@@ -296,7 +291,7 @@ def _left_to_slots(x: Tensor, fmt: Format, side: Side, keep: Tensor | None) -> T
     excess = excess.flatten(-2) if fmt.scale == "token" else excess.transpose(-1, -2)
     if keep is not None:
         excess = excess.masked_fill(~keep, 0)
-    rows = excess if side == "key" else excess.transpose(-1, -2)
+    rows = _costs(excess if side == "key" else excess.transpose(-1, -2), side, tables)
     largest = rows.topk(fmt.outliers, dim=-1)
     stored = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, largest.indices, largest.values > 0)
     return stored if side == "key" else stored.transpose(-1, -2)

@@ -236,7 +236,7 @@ def test_a_finished_calibration_is_replaced_only_on_demand(folder, finished, tmp
         ("--text", "{folder}/absent.txt", "No such file"),
         ("--text", "{folder}/latin.txt", "as UTF-8"),
         ("--text", "{folder}/config.json", "Give a longer text"),
-        ("--samples", "400", "use at most 20 samples"),
+        ("--samples", "400", "use at most 9 samples"),
         ("--length", "1000", "use 2 to 512, the model's context"),
         ("--length", "1", "use 2 to 512"),
         ("--out", "{folder}/text.txt", "cannot write to"),

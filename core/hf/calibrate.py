@@ -272,10 +272,6 @@ class _Gathering:
         if fmt.scale != "channel" and not fmt.trim:
             block = states.shape[2]  # every token stands for itself
         whole = states.shape[2] // block * block
-        if not whole:
-            raise ValueError(
-                f"windows of {states.shape[2]} tokens are shorter than a block of {block}; use longer ones"
-            )
         states = states[:, :, :whole]
         valid = torch.arange(whole, device=states.device)[None] >= self._recipe.sink_tokens
         place = (layer.index, side)
@@ -295,6 +291,11 @@ class _Gathering:
             block, tokens = layer.formats.block, self._windows.shape[1]
             if tokens < block:
                 raise ValueError(f"windows of {tokens} tokens are shorter than a block of {block}; use longer ones")
+            if tokens // block * block <= self._recipe.sink_tokens:
+                raise ValueError(
+                    f"whole blocks of {block} in windows of {tokens} tokens are all sinks with "
+                    f"sink_tokens={self._recipe.sink_tokens}; use longer windows"
+                )
             self.layers[layer.index] = LayerRecord(shape=layer.spec, views=views)
 
     def _statistics(self) -> dict[int, dict[Side, Statistics]]:

@@ -77,7 +77,9 @@ def _fingerprint(embeddings: nn.Module) -> str | None:
     return hashlib.sha256(weight[:64].detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, Marks]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[weakref.ref[Tensor]], Marks]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _marks(attention: nn.Module) -> Marks:
@@ -93,13 +95,20 @@ def _marks(attention: nn.Module) -> Marks:
     }
     # reading weights takes a while, and a cache is made for every generate
     state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights.values()]
-    if attention not in _known or _known[attention][0] != state:
-        _known[attention] = (state, {name: _mark(weight.detach()) for name, weight in weights.items()})
-    return _known[attention][1]
+    known = _known.get(attention)
+    # an address alone may be that of a parameter that is gone
+    if known is None or known[0] != state or any(a() is not b for a, b in zip(known[1], weights.values(), strict=True)):
+        # peft wraps layers; biases that are zero say nothing
+        found = {name.replace(".base_layer", ""): _mark(weight.detach()) for name, weight in weights.items()}
+        marks = {name: mark for name, mark in found.items() if mark}
+        known = _known[attention] = (state, [weakref.ref(weight) for weight in weights.values()], marks)
+    return known[2]
 
 
 def _mark(weight: Tensor) -> list[float]:
     sample = (weight.flatten(1)[:, :_COLUMNS] if weight.ndim > 1 else weight).float().flatten()
     wave = torch.arange(sample.numel(), device=sample.device, dtype=torch.float32).remainder_(8191).mul_(0.7).sin_()
-    norm = max(float(sample.norm()), 1e-30)
+    norm = float(sample.norm())
+    if not norm:
+        return []
     return [math.log(norm / math.sqrt(sample.numel())), float(sample @ wave) * math.sqrt(2) / norm]

@@ -183,7 +183,7 @@ def test_a_record_without_fields_is_damaged(folder):
 def test_numbers_that_the_record_promises_are_missed(folder):
     tensors = load_file(folder / NUMBERS)
     save_file({name: t for name, t in tensors.items() if not name.startswith("1.value")}, folder / NUMBERS)
-    with pytest.raises(ValueError, match="is not the one that calibration.json was written with; calibrate again"):
+    with pytest.raises(ValueError, match=f"{NUMBERS} is not the one that {RECORD} was written with; calibrate again"):
         KVQuant.from_pretrained(folder)
 
 
@@ -327,10 +327,11 @@ def test_other_biases_are_refused(build, windows, change):
 
 
 def test_marks_are_the_same_under_another_default_dtype(build):
-    expected = identify(build())
+    model, other = build(), build()
+    expected = identify(model)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert identify(build()) == expected
+        assert identify(other) == expected
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -346,6 +347,18 @@ def test_adapters_and_small_changes_are_no_other_model(calibrated, build):
     calibrated.require_model(model)
     assert "temperature" in identify(model)["attention_weights"]["0"]
     assert not any("lora" in name for name in identify(model)["attention_weights"]["0"])
+
+
+def test_marks_are_those_of_parameters_put_in_the_place_of_others(build):
+    model = build()
+    attention, found = model.model.layers[0].self_attn, set()
+    for seed in range(8):
+        # freed first, so that the next one may get its memory
+        shape, attention.k_proj.weight = attention.q_proj.weight[:32].shape, None
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        attention.k_proj.weight = torch.nn.Parameter(weight)
+        found.add(tuple(identify(model)["attention_weights"]["0"]["k_proj.weight"]))
+    assert len(found) == 8
 
 
 def test_marks_are_read_once_for_each_state_of_the_weights(model, monkeypatch):

@@ -729,7 +729,7 @@ def test_exact_layers_and_sides_are_not_measured(build, windows, strategy):
     with torch.no_grad():
         model(windows(2, 96), past_key_values=cache)
         assert model(windows(2, 1), past_key_values=cache).logits.isfinite().all()
-    (layer,) = cache.packed_layers
+    layer = cache.packed_layers[1]
     assert layer.packed_tokens == 96
     assert (layer.tables["value"].gain is None) == isinstance(strategy, Partly)
 
@@ -740,10 +740,13 @@ def test_codes_of_its_own_cannot_be_calibrated(build, windows):
 
 
 def test_windows_of_nothing_but_sinks_are_refused(build, windows):
-    strategy = KVQuant(block=BLOCK, sink_tokens=40)
+    strategy = KVQuant(block=BLOCK, sink_tokens=40, outliers=0)
     with pytest.raises(ValueError, match="windows of 40 tokens are all sinks with sink_tokens=40; use longer windows"):
         measured(build(), windows(2, 40), strategy)
-    assert measured(build(), windows(2, 41), strategy).of(1, "key").density.sum() > 0
+    # the rest of a block is not measured
+    with pytest.raises(ValueError, match="whole blocks of 32 in windows of 63 tokens are all sinks"):
+        measured(build(), windows(2, 63), strategy)
+    assert measured(build(), windows(2, 64), strategy).of(1, "key").density[0].sum() == 2 * 24 * 2 * 16
 
 
 def test_windows_shorter_than_a_block_are_refused_at_once(build, windows):

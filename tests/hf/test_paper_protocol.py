@@ -121,10 +121,8 @@ def test_options_that_would_leave_tokens_exact_are_refused(model, option):
 
 
 @pytest.mark.parametrize("every_token", [False, True])
-def test_models_that_expand_latents_themselves_are_refused(every_token):
-    from .conftest import build_model
-
-    model = build_model("deepseek-v3")
+def test_models_that_expand_latents_themselves_are_refused(build, every_token):
+    model = build("deepseek-v3")
     ids = torch.randint(2, 97, (1, 128), generator=torch.Generator().manual_seed(0))
     cache = SimulatedCache(model, registry.parse("uniform:key_rope=post"), every_token=every_token)
     with torch.no_grad(), pytest.raises(RuntimeError, match="SimulatedCache cannot serve this model: layer 0 uses its"):
