@@ -16,7 +16,7 @@ from ..core.calibration import CalibratedStrategy, Calibration
 from ..core.calibration.artifact import view
 from ..core.hf.calibrate import Report, cut
 
-SAMPLES = 16
+SAMPLES = 8
 
 
 class CalibrationCard(BaseModel):
