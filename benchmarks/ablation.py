@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from . import leaderboard, report
-from .leaderboard import Leaderboard
+from .leaderboard import Leaderboard, Row
 from .subjects import Unusable, prepare
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -132,10 +132,13 @@ def main(
         )
     except Unusable as error:
         raise typer.BadParameter(str(error), param_hint=error.option) from error
-    measured = leaderboard.run(subjects, chosen)
-    rows = list(track(measured, total=len(chosen) * len(subjects), console=Console(stderr=True)))
-    board = board.with_rows(rows)
     out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    measured = leaderboard.run(subjects, chosen)
+    for row in track(measured, total=len(chosen) * len(subjects), console=Console(stderr=True)):
+        rows.append(row)
+        report.write_json(board.with_rows(rows), out)  # an interrupted sweep keeps what it has
+    board = board.with_rows(rows)
     report.write_all(board, out)
     text_of = markdown(fields, board, {setting: candidate.spec for setting, candidate in candidates.items()})
     (out / "ablation.md").write_text(text_of, encoding="utf-8")
