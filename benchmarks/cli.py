@@ -79,7 +79,7 @@ def bench(
     ] = None,
     calibration_samples: Annotated[
         int, typer.Option(min=1, help="Windows to calibrate on, of 2048 tokens or as many as the model takes.")
-    ] = 16,
+    ] = 8,
 ) -> None:
     """Measure memory against accuracy, every strategy on the model and on its outlier twin."""
     import torch
