@@ -383,7 +383,7 @@ def test_a_calibration_that_fails_becomes_a_row(model, windows, board):
     text = CalibrationText(lambda: ("short", "1 2 3"), by_words)
     subject = Subject.of(board.models[0], model, windows, PROTOCOL, Calibrator(model, text))
     row = leaderboard.measure(subject, leaderboard.candidates(["kvquant"])[0])
-    assert "ValueError: the text has 3 tokens; 16 windows of 256" in row.error
+    assert "ValueError: the text has 3 tokens; 8 windows of 256" in row.error
     assert model.config._attn_implementation == "sdpa"
 
 
