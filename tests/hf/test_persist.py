@@ -165,7 +165,10 @@ def with_header(path, change) -> None:
 def test_another_version_is_refused_naming_both(saved, path):
     model, cache = saved
     with_header(path, lambda header: json.dumps({**header, "version": persist.FILE_VERSION + 1}))
-    with pytest.raises(ValueError, match=f"has file version {persist.FILE_VERSION + 1}, this cachequant reads version {persist.FILE_VERSION}"):
+    with pytest.raises(
+        ValueError,
+        match=f"has file version {persist.FILE_VERSION + 1}, this cachequant reads version {persist.FILE_VERSION}",
+    ):
         PackedCache.load(path, model, cache.strategy)
 
 
