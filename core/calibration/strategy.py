@@ -211,13 +211,14 @@ class CalibratedStrategy(Strategy):
         record = calibration.record
         if layer.index not in record.layers:
             raise ValueError(f"{self.name}: the calibration {self._place()} lacks layer {layer.index}; calibrate again")
-        measured = record.layers[layer.index].views.get(side, {})
-        differing = [*_differing("", asdict(record.layers[layer.index].shape), asdict(layer)),
-                     *_differing("", record.recipe.model_dump(), self.recipe().model_dump()),
-                     *_differing(f"{side} ", measured, view(formats, side))]  # fmt: skip
+        measured, wanted = record.layers[layer.index], self.recipe()
         if record.recipe.gradients:
-            # what was weighted can be read unweighted
-            differing = [difference for difference in differing if not difference.startswith("gradients ")]
+            wanted = wanted.model_copy(update={"gradients": True})  # what was weighted can be read unweighted
+        differing = [
+            *_differing("", asdict(measured.shape), asdict(layer)),
+            *_differing("", record.recipe.model_dump(), wanted.model_dump()),
+            *_differing(f"{side} ", measured.views.get(side, {}), view(formats, side)),
+        ]
         if differing:
             raise ValueError(
                 f"{self.name}: the calibration {self._place()} does not fit these settings: {'; '.join(differing)}. "

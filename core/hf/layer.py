@@ -212,6 +212,7 @@ class PackedLayer(CacheLayerMixin):
             for tail in self.tails.values():
                 tail.truncate(length - self.packed_tokens)
             self._keep_codes(length - self.packed_tokens, self._cut)
+            self._forget_unread_tables()
             return
         blocks, rest = divmod(length, self.formats.block)
         packed = self.packed_tokens
@@ -225,8 +226,7 @@ class PackedLayer(CacheLayerMixin):
             self.sinks.restore(cut, side, blocks * self.formats.block, packed)
             self.tails[side].replace(cut[:, :, :rest])
             self.stores[side].truncate(blocks)
-        if not blocks:
-            self.tables = {}
+        self._forget_unread_tables()
 
     # ---- what attention reads --------------------------------------------------------------------------------------
 
@@ -365,6 +365,7 @@ class PackedLayer(CacheLayerMixin):
         for side in SIDES:
             if values["blocks"]:
                 self.stores[side].append(_under(f"packed.{side}.", tensors))
+            if values["blocks"] or values["cut"]:
                 self.tables[side] = Tables(**_under(f"tables.{side}.", tensors))
             self.tails[side].append(tails[side])
         self._cut_tokens = values["cut"]
@@ -440,6 +441,11 @@ class PackedLayer(CacheLayerMixin):
         """Remember that the first `tokens` tokens of the tail, at most as many as before, were coded as in `cut`."""
         tokens = min(tokens, self._cut_tokens) if cut is self._cut else tokens
         self._cut, self._cut_tokens = (cut, tokens) if tokens else ({}, 0)
+
+    def _forget_unread_tables(self) -> None:
+        """Tables go when no codes are left that were made with them: the next first block gets its own."""
+        if not self.packed_tokens and not self._cut_tokens:
+            self.tables = {}
 
     def _with_kept_codes(self, packed: dict[str, Tensor], side: Side) -> dict[str, Tensor]:
         """`packed`, in which the first tokens keep the codes they had before a cut."""

@@ -57,6 +57,28 @@ def test_asking_again_and_again_gives_the_answer_of_the_first_cut(model, spec):
     assert max(changes) <= SPECS[spec], changes
 
 
+def test_codes_cut_in_the_first_block_are_read_with_the_codebook_they_were_made_with(model, tmp_path):
+    strategy = registry.parse("kvquant:bits=2,outliers=0,key_scale=token,key_rope=post,calibration=prompt")
+    cache = PackedCache(model, strategy, residual_length=0)
+    with torch.no_grad():
+        model(tokens(1, 128, 0), past_key_values=cache)
+    question = tokens(1, 210, 1)
+    cache.truncate(100)
+    cache.save(tmp_path / "cache.safetensors")
+    answers = []
+    for each in (cache, PackedCache.load(tmp_path / "cache.safetensors", model, strategy)):
+        for _ in range(3):
+            answers.append(ask(model, each, question))
+            each.truncate(100)
+    assert all(torch.equal(answer, answers[0]) for answer in answers[1:])
+    cache.truncate(0)
+    with torch.no_grad():
+        model(tokens(1, 128, 7), past_key_values=cache)
+        fresh = PackedCache(model, strategy, residual_length=0)
+        model(tokens(1, 128, 7), past_key_values=fresh)
+    assert torch.equal(ask(model, cache, question), ask(model, fresh, question))
+
+
 def test_cut_codes_follow_their_rows_into_files_and_copies(model, tmp_path):
     strategy = ready("kvquant:bits=2,outliers=0", model)
     cache = PackedCache(model, strategy, residual_length=0)
