@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.format import Format, LayerFormat, Side
+from ..kernels.format import Format, LayerFormat, MixedFormat, Side, Width
 from ..kernels.quantize import Tables
+from .adaptive import AdaptiveStrategy, Evidence, round_up
 from .memory import MemoryReport
 from .protocol import CacheQuantizer, LayerSpec, Strategy
 
@@ -13,18 +14,23 @@ if TYPE_CHECKING:
     from .hf.simulate import SimulatedCache
 
 __all__ = [
+    "AdaptiveStrategy",
     "CacheQuantizer",
+    "Evidence",
     "Format",
     "LayerFormat",
     "LayerSpec",
     "MemoryReport",
+    "MixedFormat",
     "PackedCache",
     "Side",
     "SimulatedCache",
     "Strategy",
     "Tables",
+    "Width",
     "attach",
     "detach",
+    "round_up",
 ]
 
 # transformers takes seconds to import; plugins and `cachequant list` do not need it

@@ -39,18 +39,22 @@ def finish(partial: Partial, sink: Tensor | None = None) -> Tensor:
 
     sink: logits `[kv_heads, R]` of a learned attention sink (gpt-oss), which takes weight and adds no value.
     """
-    mix, maximum, total = partial
-    if sink is not None:
-        sink = sink[..., None].to(total.dtype)
-        highest = torch.maximum(maximum, sink)
-        decay = _decay(maximum, highest)
-        mix, total = mix * decay, total * decay + torch.exp(sink - highest)
+    mix, maximum, total = partial if sink is None else with_sink(partial, sink)
     return mix / total.masked_fill(total == 0, 1)
+
+
+def with_sink(partial: Partial, sink: Tensor) -> Partial:
+    """`partial` and a learned sink, whose logits are `[kv_heads, R]`."""
+    mix, maximum, total = partial
+    sink = sink[..., None].to(total.dtype)
+    highest = torch.maximum(maximum, sink)
+    decay = _decay(maximum, highest)
+    return Partial(mix * decay, highest, total * decay + torch.exp(sink - highest))
 
 
 def dense_partial(scores: Tensor, values: Tensor) -> Partial:
     """scores `[batch, kv_heads, R, n]` (masked entries -inf), values `[batch, kv_heads, n, value_dim]`."""
-    weights, maximum, total = _softmax(scores)
+    weights, maximum, total = softmax_weights(scores)
     return Partial(weights @ values, maximum, total)
 
 
@@ -58,7 +62,7 @@ def packed_partial(
     scores: Tensor, packed: dict[str, Tensor], fmt: Format, value_dim: int, block: int, tables: Tables = NO_TABLES
 ) -> Partial:
     """`dense_partial` with packed value blocks; with a rotated format, `mix` stays in the rotated basis."""
-    weights, maximum, total = _softmax(scores)
+    weights, maximum, total = softmax_weights(scores)
     if fmt.codes == "exact":
         return Partial(weights @ packed["exact"].flatten(2, 3).to(weights.dtype), maximum, total)
     # [batch, kv_heads, blocks, R, block]
@@ -134,7 +138,7 @@ def _numbers(packed: dict[str, Tensor], fmt: Format, tables: Tables, dtype: torc
     return scale.squeeze(-2), zero.squeeze(-2)
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     maximum = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - maximum.masked_fill(maximum == -torch.inf, 0))
     return weights, maximum, weights.sum(-1, keepdim=True)

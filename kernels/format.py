@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Side = Literal["key", "value"]
 Bits = Literal[2, 3, 4, 8]
+Width = Literal[0, 2, 3, 4, 8, 16]
+"""Bits of a token whose width is its own: 0 is a token not kept, 16 one kept in a 16-bit float."""
 
 DEFAULT_BLOCK = 128
 
@@ -41,6 +43,11 @@ class Format(BaseModel):
     symmetric: bool = Field(
         default=False, description="Scale only: the grid is centred on zero and stores no zero point."
     )
+    grid: Literal["ends", "midpoint", "mean"] = Field(
+        default="ends",
+        description="Where 2**bits affine levels lie in an online range: from end to end; in the middle of equal "
+        "cells, so that fewer bits are a shift of more; or as many equal steps around the mean.",
+    )
     outliers: int = Field(default=0, ge=0, le=128, description="Exact corrections (index, value) per packed row.")
     trim: int = Field(
         default=0,
@@ -55,6 +62,22 @@ class Format(BaseModel):
     def _group_needs_token_scale(self) -> "Format":
         if self.group is not None and self.scale != "token":
             raise ValueError(f"group={self.group} needs scale='token', got scale={self.scale!r}; leave group unset")
+        return self
+
+    @model_validator(mode="after")
+    def _cells_are_of_an_affine_online_grid(self) -> "Format":
+        if self.grid != "ends" and (self.codes != "affine" or self.scale == "static" or self.symmetric):
+            raise ValueError(
+                f"grid={self.grid!r} places affine levels in an online range; it needs codes='affine', scale='token' "
+                f"or 'channel' and symmetric=False"
+            )
+        if self.grid != "ends" and self.outliers != 2 * self.trim:
+            raise ValueError(
+                f"grid={self.grid!r} gives a slot to every number its range leaves out, and to no other; it needs "
+                f"outliers = 2 * trim, got {self.outliers} and {self.trim}"
+            )
+        if self.grid != "ends" and self.trim and (self.scale != "token" or self.group is not None):
+            raise ValueError(f"grid={self.grid!r} with outliers needs one scale per token: scale='token', no group")
         return self
 
     @model_validator(mode="after")
@@ -119,6 +142,15 @@ class LayerFormat(BaseModel):
             raise ValueError("rope='pre' is for keys; values carry no rotary position")
         return self
 
+    @model_validator(mode="after")
+    def _slots_of_value_blocks_go_by_channel(self) -> "LayerFormat":
+        if self.value.grid != "ends" and self.value.outliers:
+            raise ValueError(
+                f"value blocks have their outlier slots by channel, grid={self.value.grid!r} gives them out by token; "
+                "use a MixedFormat, or values without outliers"
+            )
+        return self
+
     def require_fitting(self, head_dim: int, value_dim: int) -> None:
         """Raise ValueError, saying what would fit, if heads of these sizes cannot be packed so."""
         sides = (("key", self.key, head_dim, head_dim), ("value", self.value, value_dim, self.block))
@@ -139,6 +171,54 @@ class LayerFormat(BaseModel):
         """Bytes per token and kv head of keys and values together."""
         key = self.key.bytes_per_token("key", head_dim, self.block, itemsize)
         return key + self.value.bytes_per_token("value", value_dim, self.block, itemsize)
+
+
+class MixedFormat(BaseModel):
+    """The formats of one layer in which every token has a width of its own, which may change.
+
+    A packed row is one token's key or value: of one kv head, or of all heads of the layer in one vector, which then
+    share scale and outliers. Rows of 16 bits are floats; all others have affine codes with one scale per row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: tuple[Format, ...] = Field(min_length=1, description="One format per width that keys may have, ascending.")
+    value: tuple[Format, ...] = Field(min_length=1, description="The same for values.")
+    heads: Literal["apart", "together"] = Field(
+        default="apart", description="A row per kv head, or one row for all heads of a token."
+    )
+    drops: bool = Field(default=False, description="Whether tokens may get width 0, and are then not kept.")
+
+    @model_validator(mode="after")
+    def _rows_stand_for_themselves(self) -> "MixedFormat":
+        for fmt in (*self.key, *self.value):
+            whole = fmt.codes == "affine" and fmt.scale == "token" and fmt.group is None and fmt.rotation == "none"
+            if fmt.rope == "pre" or not (whole or fmt.codes == "exact"):
+                raise ValueError(
+                    "rows of mixed widths are exact, or affine with one scale per token, unrotated and after RoPE; "
+                    f"got {fmt!r}"
+                )
+        for name, formats in (("key", self.key), ("value", self.value)):
+            widths = [row_bits(fmt) for fmt in formats]
+            if widths != sorted(set(widths)):
+                raise ValueError(f"{name}: widths must ascend, got {widths}")
+        return self
+
+    def require_fitting(self, head_dim: int, value_dim: int, kv_heads: int) -> None:
+        """Raise ValueError, saying what would fit, if heads of these sizes cannot be packed so."""
+        heads = 1 if self.heads == "apart" else kv_heads
+        for name, formats, dim in (("key", self.key, head_dim), ("value", self.value, value_dim)):
+            for fmt in formats:
+                if fmt.outliers > dim * heads or 2 * fmt.trim >= dim * heads:
+                    raise ValueError(
+                        f"{name}: {fmt.outliers} outlier slots and a trim of {fmt.trim} do not fit a row of "
+                        f"{dim * heads} numbers; use fewer"
+                    )
+
+
+def row_bits(fmt: Format) -> int:
+    """The width that a row format serves."""
+    return 16 if fmt.codes == "exact" else fmt.bits
 
 
 def row_words(length: int, bits: int) -> int:

@@ -62,7 +62,9 @@ def encode(
     spread = _spread(states, fmt, side, block, keep, tables)
     codebook = _codebook(tables, fmt) if fmt.codes == "codebook" else None
     if codebook is None:
-        codes = spread.ratio.round_().clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
+        # cells of a midpoint grid are half open, so that their halves are cells of a finer one
+        nearest = spread.ratio.add_(0.5).floor_() if fmt.grid == "midpoint" else spread.ratio.round_()
+        codes = nearest.clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
     else:
         codes = torch.bucketize(spread.ratio.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
     packed = {"codes": _pack_rows(codes.flatten(-2), fmt, side), **spread.stored}
@@ -73,10 +75,18 @@ def encode(
         if keep is not None:
             residual = residual * keep
         rows = residual if side == "key" else residual.transpose(-1, -2)
-        index = _costs(rows, side, tables).topk(fmt.outliers, dim=-1).indices
+        if fmt.grid == "ends":
+            index = _costs(rows, side, tables).topk(fmt.outliers, dim=-1).indices
+        else:
+            index = _tails(spread.states if side == "key" else spread.states.transpose(-1, -2), fmt.trim)
         packed["outlier_index"] = index.to(torch.int16)
         packed["outlier_value"] = rows.gather(-1, index).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     return packed
+
+
+def _tails(rows: Tensor, count: int) -> Tensor:
+    """Where the `count` smallest and the `count` largest numbers of each row are: `[..., 2 * count]`."""
+    return torch.cat([rows.topk(count, dim=-1, largest=largest).indices for largest in (False, True)], dim=-1)
 
 
 def _costs(residual: Tensor, side: Side, tables: Tables) -> Tensor:
@@ -248,7 +258,12 @@ def _online_scales(x: Tensor, fmt: Format, side: Side, keep: Tensor | None, tabl
     if fmt.trim:
         outside = _left_to_slots(x, fmt, side, keep, tables)
         seen = ~outside if seen is None else seen & ~outside
-    low, high = _ranges(_vectors(x, fmt), None if seen is None else _vectors(seen, fmt))
+    vectors, kept = _vectors(x, fmt), None if seen is None else _vectors(seen, fmt)
+    low, high = _ranges(vectors, kept)
+    if fmt.grid != "ends":
+        step = (high - low) / 2**fmt.bits
+        zero = low + step / 2 if fmt.grid == "midpoint" else _mean(vectors, kept) - step * 2 ** (fmt.bits - 1)
+        return torch.stack([step, zero], dim=-1).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     steps = 2 if fmt.codes == "codebook" else 2**fmt.bits - 1
     if fmt.symmetric:
         numbers = [2 * torch.maximum(high, -low) / steps]
@@ -271,6 +286,13 @@ def _ranges(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     none = ~keep.any(-1)
     low, high = x.masked_fill(~keep, torch.inf).amin(-1), x.masked_fill(~keep, -torch.inf).amax(-1)
     return low.masked_fill(none, 0), high.masked_fill(none, 0)
+
+
+def _mean(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean of the numbers that `keep` marks along the last dimension; 0 where it marks none."""
+    if keep is None:
+        return x.mean(-1)
+    return x.masked_fill(~keep, 0).sum(-1) / keep.sum(-1).clamp(min=1)
 
 
 def _left_to_slots(x: Tensor, fmt: Format, side: Side, keep: Tensor | None, tables: Tables) -> Tensor:

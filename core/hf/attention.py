@@ -46,13 +46,15 @@ def attention_forward(
         key.require_current()
         layer = key.layer
         query = layer.rotated_query(query, module)
-        if not layer.reads_packed(key):
-            key, value = key.materialize(), value.materialize()
-        else:
+        if layer.reads_packed(key):
             if dropout:
                 raise ValueError(f"dropout={dropout} cannot be applied over packed keys; call model.eval()")
             output = layer.attend(query, key, value, scoring)
+            layer.settle()
             return output.transpose(1, 2).contiguous(), None
+        layer.observe(query, key, scoring)
+        key, value = key.materialize(), value.materialize()
+        layer.settle()
     elif isinstance(key, LazyStates) or isinstance(value, LazyStates):
         # the model has already used one of the two (multi-head latent attention builds keys from both)
         layer = key.layer if isinstance(key, LazyStates) else value.layer  # type: ignore[union-attr]

@@ -10,11 +10,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from ..adaptive import AdaptiveStrategy
+from ...kernels.format import MixedFormat
 from ..memory import MemoryReport, tensors_in
 from ..protocol import CacheQuantizer, LayerSpec
 from .attach import attach, attention_modules
+from .blocks import BlockLayer
 from .compat import tokens_to_remove
 from .identity import identity
+from .adaptive import AdaptiveLayer, Council
 from .layer import CacheOptions, PackedLayer
 from .persist import load, save
 from .rope import RotaryTables
@@ -76,6 +80,7 @@ class PackedCache(Cache):
         # layers that borrow another layer's keys and values are never written
         borrowing = getattr(config, "num_kv_shared_layers", 0) or 0
         self.rotary_tables = RotaryTables()
+        self._council = Council()
         layers = [
             self._layer(strategy, index, len(host), self.options, self.rotary_tables)
             if type(layer) is DynamicLayer and index not in skipped and index < config.num_hidden_layers - borrowing
@@ -97,7 +102,9 @@ class PackedCache(Cache):
         self.strategy.require_model(model)
 
     def _layer(self, *arguments: Any) -> PackedLayer:
-        return PackedLayer(*arguments)
+        if isinstance(self.strategy, AdaptiveStrategy):
+            return AdaptiveLayer(self._council, *arguments)
+        return BlockLayer(*arguments)
 
     @property
     def packed_layers(self) -> list[PackedLayer]:
@@ -119,11 +126,13 @@ class PackedCache(Cache):
     def memory(self) -> MemoryReport:
         """What is held right now, counted from storages."""
         rows: dict[str, int] = {}
+        host_rows: dict[str, int] = {}
         elements = exact = host = 0
         for layer in self.layers:
             if isinstance(layer, PackedLayer):
-                for name, size in layer.used_bytes().items():
-                    rows[name] = rows.get(name, 0) + size
+                for found, sizes in ((rows, layer.used_bytes()), (host_rows, layer.host_bytes())):
+                    for name, size in sizes.items():
+                        found[name] = found.get(name, 0) + size
                 elements += layer.elements()
                 exact += layer.elements() * layer.dtype.itemsize if layer.is_initialized else 0
             else:
@@ -139,8 +148,8 @@ class PackedCache(Cache):
             elements=elements,
             exact_bytes=exact,
             device_bytes=sum(rows.values()),
-            host_bytes=0,
-            rows=rows,
+            host_bytes=sum(host_rows.values()),
+            rows={**rows, **host_rows},
         )
 
     # ---- changes of batch and length reach the rotary tables too ---------------------------------------------------
@@ -217,6 +226,9 @@ class PackedCache(Cache):
                 continue
             spec = _declared_shape(module, model.config.get_text_config(decoder=True), layer.index, len(self.layers))
             formats = self.strategy.formats(spec)
+            if isinstance(formats, MixedFormat):
+                formats.require_fitting(spec.head_dim, spec.value_dim, spec.kv_heads)
+                continue
             if formats is not None:
                 formats.require_fitting(spec.head_dim, spec.value_dim)
             layer.before_rope = formats is not None and formats.key.rope == "pre"

@@ -1,42 +1,22 @@
-"""One layer of the packed cache: sinks, packed blocks and exact tail."""
+"""One layer of the packed cache, as transformers and attention see it; how tokens are packed is its subclasses'."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from ...kernels import quantize
 from ...kernels.format import Format, LayerFormat, Side
-from ...kernels.quantize import NO_TABLES, Tables
 from ..protocol import CacheQuantizer, LayerSpec
-from ..sinks import Sinks
-from ..store import ExactTail, PackedStore, compact
+from ..store import ExactTail
 from .compat import tokens_to_keep
 from .handles import LazyStates
-from .masks import key_validity
 from .rope import RotaryTable, RotaryTables, Rotate
-from .segments import Scoring, attend_packed
-
-# encoding works on this many numbers at a time, so that a long prompt needs no float32 copy of itself
-ENCODE_NUMBERS = 1 << 22
-
+from .segments import Scoring
 
 SIDES: tuple[Side, Side] = ("key", "value")
-
-EXACT = LayerFormat(key=Format(codes="exact"), value=Format(codes="exact"))
-
-# rows of the memory report that gather several tensors
-_ROWS = {
-    "outlier_index": "outliers",
-    "outlier_value": "outliers",
-    "sensitivity": "static scales",
-    "codebook": "codebooks",
-    "gain": "codebooks",
-    "offset": "codebooks",
-}
 
 _NOT_ATTACHED = (
     "layer {} stores keys before RoPE but was given no position embeddings: the model is not attached. "
@@ -54,22 +34,10 @@ class CacheOptions(BaseModel):
     skip_layers: tuple[int, ...] = Field(default=(), description="Layers kept exact; negative counts from the last.")
 
 
-class Chunk(NamedTuple):
-    """Packed blocks of both sides, tokens `[start, stop)`."""
-
-    start: int
-    stop: int
-    key: dict[str, Tensor]
-    value: dict[str, Tensor]
-
-
 class PackedLayer(CacheLayerMixin):
-    """Keys and values of one attention layer.
+    """Keys and values of one attention layer, all of them in the exact tail; subclasses pack the oldest.
 
-    Tokens enter the exact tail; whenever it holds `residual_length` tokens and a whole block more, its oldest blocks
-    are encoded. So the newest `residual_length` tokens are always exact, and cropping that many touches nothing
-    packed. What a forward packs, it still reads exact itself; packed data is read from the next forward on. The first
-    `sink_tokens` real tokens of each row are kept exact beside their codes, which attention skips.
+    What a forward packs, it still reads exact itself; packed data is read from the next forward on.
     """
 
     is_compileable = False
@@ -89,12 +57,7 @@ class PackedLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.tables: dict[Side, Tables] = {}
-        self.stores: dict[Side, PackedStore] = {"key": PackedStore(), "value": PackedStore()}
         self.tails: dict[Side, ExactTail] = {}
-        self.sinks = Sinks(self.options.sink_tokens)
-        self._cut: dict[Side, dict[str, Tensor]] = {}
-        self._cut_tokens = 0
         self._mask: Tensor | None = None
         self._rotary: Rotate | None = None
         self._table: RotaryTable | None = None
@@ -107,16 +70,10 @@ class PackedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Ask the strategy for this layer's formats, given the shapes that really arrive."""
         spec = LayerSpec(self.index, self._layers, key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        formats = self.strategy.formats(spec) or EXACT
-        if (formats.key.rope == "pre") != self.before_rope:
-            raise ValueError(
-                f"layer {self.index}: keys before RoPE are not supported for cached states of shape "
-                f"{tuple(key_states.shape)}, not the module's heads; use a strategy that stores keys after RoPE"
-            )
         if not key_states.is_floating_point():
             raise ValueError(f"layer {self.index}: keys are {key_states.dtype}; a cache holds floating-point states")
-        formats.require_fitting(spec.head_dim, spec.value_dim)
-        self.spec, self.formats = spec, formats
+        self._ask_formats(spec)
+        self.spec = spec
         self.kv_heads, self.head_dim, self.value_dim = spec.kv_heads, spec.head_dim, spec.value_dim
         self.dtype, self.device = key_states.dtype, key_states.device
         self.tails = {"key": ExactTail(key_states), "value": ExactTail(value_states)}
@@ -194,82 +151,41 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens in packed blocks."""
-        return self.stores["key"].blocks * self.formats.block if self.is_initialized else 0
+        """Tokens, the oldest, that are packed."""
+        return 0
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens.
-
-        A cut inside a packed block decodes the rest of that block into the tail. Its codes are kept: packed again
-        later, these tokens get the same codes, and cutting at one place over and over loses nothing more.
-        """
+        """Keep the first `length` tokens."""
         if length < 0:
             raise ValueError(f"truncate({length}): a cache keeps 0 or more tokens; crop(-k) removes the newest k")
         if length >= self.get_seq_length():
             return
         self.version += 1
-        if length >= self.packed_tokens:
-            for tail in self.tails.values():
-                tail.truncate(length - self.packed_tokens)
-            self._keep_codes(length - self.packed_tokens, self._cut)
-            self._forget_unread_tables()
+        if length < self.packed_tokens:
+            self._cut_packed(length)
             return
-        blocks, rest = divmod(length, self.formats.block)
-        packed = self.packed_tokens
-        # copies: the store gives the memory of what it drops back
-        halved: dict[Side, dict[str, Tensor]] = {
-            side: {name: t.clone() for name, t in self.stores[side].read(blocks, blocks + 1).items()} for side in SIDES
-        }
-        self._keep_codes(rest, halved)
-        for side in SIDES:
-            cut = self._decode(self.stores[side].read(blocks, blocks + 1), side, self.tails[side].dtype)
-            self.sinks.restore(cut, side, blocks * self.formats.block, packed)
-            self.tails[side].replace(cut[:, :, :rest])
-            self.stores[side].truncate(blocks)
-        self._forget_unread_tables()
+        for tail in self.tails.values():
+            tail.truncate(length - self.packed_tokens)
 
     # ---- what attention reads --------------------------------------------------------------------------------------
 
     def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
         """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
-        return attend_packed(query, key, value, scoring)
-
-    def reads_packed(self, key: LazyStates) -> bool:
-        """Whether attention has to read packed blocks, or finds all it may see exact."""
-        return key.start > 0
-
-    def chunks(self, packed: int, tokens: int) -> Iterator[Chunk]:
-        """The blocks of the first `packed` tokens, about `tokens` tokens at a time."""
-        block = self.formats.block
-        step = max(1, tokens // block)
-        for start in range(0, packed // block, step):
-            stop = min(start + step, packed // block)
-            key, value = (self.stores[side].read(start, stop) for side in SIDES)
-            yield Chunk(start * block, stop * block, key, value)
-
-    def decode_chunk(self, chunk: Chunk, side: Side, dtype: torch.dtype) -> Tensor:
-        """Dense states of a chunk, keys after RoPE."""
-        states = self._decode(chunk.key if side == "key" else chunk.value, side, dtype)
-        return self.rotated(states, chunk.start) if side == "key" else states
-
-    def present_sinks(self, packed: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """positions of the sinks, which of them are among the first `packed` tokens, both `[batch, sink_tokens]`, and
-        the exact keys (after RoPE) and values."""
-        if not self.sinks:
-            return None
-        positions = self.sinks.positions()
-        present = positions < packed
-        key = self.sinks.states["key"]
-        if self.formats.key.rope == "pre":
-            rotary, table = self._require_rope()
-            key = rotary(key, *table.read_at(positions.clamp(max=packed - 1)))
-        return positions.clamp(max=packed - 1), present, key, self.sinks.states["value"]
+        raise NotImplementedError("a layer that packs is asked")
 
     def dequantize(self, side: Side, packed: int) -> Tensor:
-        """The first `packed` tokens of one side, all in packed blocks, dense in the model's dtype, keys after RoPE."""
-        states = self._decode(self.stores[side].read(0, packed // self.formats.block), side, self.tails[side].dtype)
-        self.sinks.restore(states, side, 0, packed)
-        return self.rotated(states, 0) if side == "key" else states
+        """The first `packed` tokens of one side, all of them packed, dense in the model's dtype, keys after RoPE."""
+        raise NotImplementedError("a layer that packs is asked")
+
+    def observe(self, query: Tensor, key: LazyStates, scoring: Scoring) -> None:
+        """Told the query of a forward that finds all it may see exact, for layers that look at attention."""
+
+    def settle(self) -> None:
+        """Told that attention has read what it needs of the latest update, for layers that pack only then."""
+
+    def reads_packed(self, key: LazyStates) -> bool:
+        """Whether attention has to read what is packed, or finds all it may see exact."""
+        return key.start > 0
 
     # ---- RoPE and masks, handed over by the attention hook ---------------------------------------------------------
 
@@ -298,33 +214,23 @@ class PackedLayer(CacheLayerMixin):
 
     def rotated(self, key: Tensor, start: int) -> Tensor:
         """Stored keys `[batch, kv_heads, n, head_dim]` of the tokens from `start` on, after RoPE."""
-        if self.formats.key.rope == "post" or not key.shape[2]:
+        if not self.before_rope or not key.shape[2]:
             return key
         rotary, table = self._require_rope()
         return rotary(key, *table.read(start, start + key.shape[2]))
 
-    # ---- bytes -----------------------------------------------------------------------------------------------------
+    # ---- bytes and files -------------------------------------------------------------------------------------------
 
     def used_bytes(self) -> dict[str, int]:
         """Bytes by kind; with the spare capacity they are what is held."""
         if not self.is_initialized:
             return {}
-        sizes: dict[str, int] = {}
-        for side in SIDES:
-            for name, size in self.stores[side].used_bytes().items():
-                row = f"{side} {_ROWS.get(name, name)}"
-                sizes[row] = sizes.get(row, 0) + size
-            for name, tensor in self.tables.get(side, NO_TABLES).tensors().items():
-                row = _ROWS.get(name, "static scales")
-                sizes[row] = sizes.get(row, 0) + tensor.untyped_storage().nbytes()
-        sizes["tail"] = sum(tail.used_bytes() for tail in self.tails.values())
-        sizes["sinks"] = self.sinks.held_bytes()
-        kept = [tensor for named in self._cut.values() for tensor in named.values()]
-        sizes["cut block"] = sum(tensor.untyped_storage().nbytes() for tensor in kept)
-        buffers = [*self.stores.values(), *self.tails.values()]
-        used = sum(sum(store.used_bytes().values()) for store in self.stores.values()) + sizes["tail"]
-        sizes["spare"] = sum(buffer.held_bytes() for buffer in buffers) - used
-        return sizes
+        used = sum(tail.used_bytes() for tail in self.tails.values())
+        return {"tail": used, "spare": sum(tail.held_bytes() for tail in self.tails.values()) - used}
+
+    def host_bytes(self) -> dict[str, int]:
+        """Bytes by kind of what is kept in host memory beside."""
+        return {}
 
     def elements(self) -> int:
         """Numbers the held tokens stand for."""
@@ -333,23 +239,12 @@ class PackedLayer(CacheLayerMixin):
         batch = self.tails["key"].read().shape[0]
         return batch * self.kv_heads * self.get_seq_length() * (self.head_dim + self.value_dim)
 
-    # ---- files -----------------------------------------------------------------------------------------------------
-
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a file needs to restore this layer: plain values, and tensors by name."""
         if not self.is_initialized:
             return {}, {}
-        tensors = {f"sinks.{side}": states for side, states in self.sinks.states.items()}
-        if self.sinks.first is not None:
-            tensors["first"] = self.sinks.first
-        for side in SIDES:
-            tensors[f"tail.{side}"] = self.tails[side].read()
-            tensors.update({f"packed.{side}.{name}": tensor for name, tensor in self.stores[side].read().items()})
-            tensors.update({f"cut.{side}.{name}": tensor for name, tensor in self._cut.get(side, {}).items()})
-            fitted = self.tables.get(side, NO_TABLES).tensors()
-            tensors.update({f"tables.{side}.{name}": tensor for name, tensor in fitted.items()})
-        values = {"formats": self.formats.model_dump(mode="json"), "blocks": self.stores["key"].blocks}
-        return {**values, "cut": self._cut_tokens}, tensors
+        formats = None if self.formats is None else self.formats.model_dump(mode="json")
+        return {"formats": formats}, {f"tail.{side}": self.tails[side].read() for side in SIDES}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`, on the device of `tensors`. Raises ValueError when the formats are not the same."""
@@ -358,22 +253,28 @@ class PackedLayer(CacheLayerMixin):
         self._clear()
         tails = {side: tensors[f"tail.{side}"] for side in SIDES}
         self.lazy_initialization(tails["key"], tails["value"])
-        if values["formats"] != self.formats.model_dump(mode="json"):
+        if values["formats"] != self.state()[0]["formats"]:
             raise ValueError(
                 f"layer {self.index} was packed as {values['formats']}, the strategy now asks for another format"
             )
         for side in SIDES:
-            if values["blocks"]:
-                self.stores[side].append(_under(f"packed.{side}.", tensors))
-            if values["blocks"] or values["cut"]:
-                self.tables[side] = Tables(**_under(f"tables.{side}.", tensors))
             self.tails[side].append(tails[side])
-        self._cut_tokens = values["cut"]
-        self._cut = {side: _under(f"cut.{side}.", tensors) for side in SIDES} if self._cut_tokens else {}
-        sinks: dict[Side, Tensor] = {side: tensors[f"sinks.{side}"] for side in SIDES if f"sinks.{side}" in tensors}
-        self.sinks = Sinks(self.options.sink_tokens, tensors.get("first"), sinks)
 
     # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _ask_formats(self, spec: LayerSpec) -> None:
+        """Ask the strategy how to pack heads of the shapes that arrive."""
+        self.formats: Any = None
+
+    def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
+        """Append to the tail, and pack what is old enough; returns the exact states of all that was not packed before."""
+        self.tails["key"].append(key_states)
+        self.tails["value"].append(value_states)
+        return {side: self.tails[side].read() for side in SIDES}
+
+    def _cut_packed(self, length: int) -> None:
+        """Keep the first `length` tokens, fewer than are packed."""
+        raise NotImplementedError("a layer that packs is asked")
 
     def _require_same(self, states: Tensor, side: Side) -> None:
         self.require_batch(states.shape[0])
@@ -389,92 +290,6 @@ class PackedLayer(CacheLayerMixin):
                 f"{held.device}; call cache.reset() after moving or casting the model"
             )
 
-    def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
-        """Append to the tail, and move whole blocks that are old enough from its front to the packed stores.
-
-        Returns the exact states of all tokens that were not packed before.
-        """
-        block = self.formats.block
-        tokens = self.tails["key"].length + key_states.shape[2]
-        packing = max(0, tokens - self.options.residual_length) // block * block
-        if not packing:
-            self.tails["key"].append(key_states)
-            self.tails["value"].append(value_states)
-            return {side: self.tails[side].read() for side in SIDES}
-        new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
-        held: dict[Side, Tensor] = {
-            side: torch.cat([self.tails[side].read(), states], dim=2) if self.tails[side].length else states
-            for side, states in new.items()
-        }
-        leaving: dict[Side, Tensor] = {side: states[:, :, :packing] for side, states in held.items()}
-        # encode everything before anything is changed: a strategy that raises loses nothing
-        sinks, valid = self.sinks.advance(leaving, self.packed_tokens, key_validity(self._mask))
-        tables = self._fitted(leaving, valid)
-        packed = {side: self._encode(states, side, valid, tables[side]) for side, states in leaving.items()}
-        for side in SIDES:
-            self.stores[side].require_fitting(packed[side])
-            if self._cut_tokens:
-                packed[side] = self._with_kept_codes(packed[side], side)
-        self._keep_codes(0, {})
-        for side, states in held.items():
-            self.stores[side].append(packed[side])
-            self.tails[side].replace(states[:, :, packing:])
-        self.sinks, self.tables = sinks, tables
-        return held
-
-    def _fitted(self, leaving: dict[Side, Tensor], valid: Tensor | None) -> dict[Side, Tables]:
-        """The strategy's tables, asked for with the first block that is packed."""
-        if self.tables:
-            return self.tables
-        block = self.formats.block
-        seen = None if valid is None else valid[:, :block]
-        # tables outlive this forward and may be shared: no tensors of inference mode, no graphs
-        with torch.inference_mode(False), torch.no_grad():
-            return {
-                side: NO_TABLES
-                if getattr(self.formats, side).codes == "exact"
-                else self.strategy.tables(self.spec, side, states[:, :, :block], seen).to(states.device)
-                for side, states in leaving.items()
-            }
-
-    def _keep_codes(self, tokens: int, cut: dict[Side, dict[str, Tensor]]) -> None:
-        """Remember that the first `tokens` tokens of the tail, at most as many as before, were coded as in `cut`."""
-        tokens = min(tokens, self._cut_tokens) if cut is self._cut else tokens
-        self._cut, self._cut_tokens = (cut, tokens) if tokens else ({}, 0)
-
-    def _forget_unread_tables(self) -> None:
-        """Tables go when no codes are left that were made with them: the next first block gets its own."""
-        if not self.packed_tokens and not self._cut_tokens:
-            self.tables = {}
-
-    def _with_kept_codes(self, packed: dict[str, Tensor], side: Side) -> dict[str, Tensor]:
-        """`packed`, in which the first tokens keep the codes they had before a cut."""
-        first = {name: tensor[:, :, :1] for name, tensor in packed.items()}
-        fmt, block = getattr(self.formats, side), self.formats.block
-        first = quantize.splice(self._cut[side], first, fmt, side, self._cut_tokens, block)
-        return {name: torch.cat([first[name], tensor[:, :, 1:]], dim=2) for name, tensor in packed.items()}
-
-    def _encode(self, states: Tensor, side: Side, valid: Tensor | None, tables: Tables) -> dict[str, Tensor]:
-        block = self.formats.block
-        fmt = getattr(self.formats, side)
-        step = max(1, ENCODE_NUMBERS // (states[:, :, :block].numel())) * block
-        parts = []
-        for start in range(0, states.shape[2], step):
-            piece = states[:, :, start : start + step]
-            seen = None if valid is None else valid[:, start : start + step]
-            parts.append(self.strategy.encode(piece, fmt, side, block, seen, tables))
-        return {
-            name: torch.cat([part[name] for part in parts], dim=2) if parts[1:] else parts[0][name] for name in parts[0]
-        }
-
-    def _decode(self, packed: dict[str, Tensor], side: Side, dtype: torch.dtype) -> Tensor:
-        fmt = getattr(self.formats, side)
-        if fmt.codes == "custom":
-            return self.strategy.decode(packed, fmt, side, self.formats.block, self.tables[side]).to(dtype)
-        dim = self.head_dim if side == "key" else self.value_dim
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return quantize.decode(packed, fmt, side, dim, self.formats.block, self.tables[side], wide).to(dtype)
-
     def _require_rope(self) -> tuple[Rotate, RotaryTable]:
         if self._rotary is None or self._table is None:
             raise RuntimeError(_NOT_ATTACHED.format(self.index))
@@ -484,14 +299,16 @@ class PackedLayer(CacheLayerMixin):
         self.version += 1
         if not self.is_initialized:
             return
-        for buffer in (*self.stores.values(), *self.tails.values()):
-            buffer.map(change)
-        self._cut = {side: {name: compact(change(t)) for name, t in named.items()} for side, named in self._cut.items()}
-        self.sinks = self.sinks.map(change)
+        for tail in self.tails.values():
+            tail.map(change)
         self._mask = None
+        self._map_packed(change)
+
+    def _map_packed(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension to what is packed."""
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 

@@ -95,11 +95,11 @@ class Visibility:
         return scores.masked_fill(hidden, -torch.inf)
 
     def tile(self, start: int, stop: int) -> "Visibility":
-        """The same for queries `[start, stop)` and keys `[0, stop)`, where queries and keys are the same tokens."""
-        mask = self._mask
+        """The same for queries `[start, stop)` of these, and keys as far as the last of them is aligned to."""
+        mask, keys = self._mask, self._keys - self._queries + stop
         if mask is not None:
-            mask = mask[..., start:stop, :stop] if mask.ndim == 4 else mask[:, :stop]
-        return Visibility(mask, stop - start, stop, self._device)
+            mask = mask[..., start:stop, :keys] if mask.ndim == 4 else mask[:, :keys]
+        return Visibility(mask, stop - start, keys, self._device)
 
     def dense(self, batch: int) -> Tensor | None:
         """Bool or additive `[batch, 1, queries, keys]` for SDPA; None where its own causal rule does."""

@@ -11,7 +11,7 @@ from .handles import LazyStates
 from .masks import Visibility
 
 if TYPE_CHECKING:
-    from .layer import PackedLayer
+    from .blocks import BlockLayer
 
 # float32 numbers a chunk may spread to, over batch and heads: large enough to amortise a call, small enough for caches
 CHUNK_NUMBERS = 1 << 20
@@ -37,19 +37,25 @@ class Scoring(NamedTuple):
 
     def finish(self, partial: Partial, kv_heads: int, query: Tensor) -> Tensor:
         """Normalised output `[batch, query_heads, queries, value_dim]` in the query's dtype."""
-        sink = self.s_aux
-        if sink is not None:
-            sink = sink.reshape(kv_heads, -1, 1).expand(-1, -1, query.shape[2]).flatten(1)
+        sink = self.sink(kv_heads, query.shape[2])
         return finish(partial, sink).reshape(*query.shape[:3], partial.mix.shape[-1]).to(query.dtype)
 
+    def sink(self, kv_heads: int, queries: int) -> Tensor | None:
+        """Logits of learned sinks `[kv_heads, R]`, if there are any."""
+        if self.s_aux is None:
+            return None
+        return self.s_aux.reshape(kv_heads, -1, 1).expand(-1, -1, queries).flatten(1)
 
-def attend_packed(query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
+
+def attend_packed(
+    layer: "BlockLayer", query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring
+) -> Tensor:
     """Attention of `query [batch, query_heads, queries, head_dim]` over sinks, packed blocks and the exact tokens.
 
     key, value: handles with something packed. Packed blocks are walked in chunks, so no dequantized copy of the cache
     ever exists.
     """
-    layer, queries = key.layer, query.shape[2]
+    queries = query.shape[2]
     rows = fold(query, layer.kv_heads, scoring.scaling)
     total = _packed_segment(layer, key.start, rows, queries, scoring)
     sinks = layer.present_sinks(key.start)
@@ -74,7 +80,7 @@ def dense_segment(rows: Tensor, key: Tensor, value: Tensor, start: int, queries:
     return dense_partial(scores.flatten(2, 3), value.to(rows.dtype))
 
 
-def _packed_segment(layer: "PackedLayer", packed: int, rows: Tensor, queries: int, scoring: Scoring) -> Partial:
+def _packed_segment(layer: "BlockLayer", packed: int, rows: Tensor, queries: int, scoring: Scoring) -> Partial:
     """Partial over the first `packed` tokens, all of them in packed blocks."""
     formats = layer.formats
     rotated = formats.key.packed and formats.key.rotation == "hadamard"

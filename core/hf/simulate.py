@@ -19,7 +19,7 @@ from ...kernels.format import Side
 from ..protocol import CacheQuantizer
 from .cache import PackedCache
 from .handles import LazyStates
-from .layer import PackedLayer
+from .blocks import BlockLayer
 from .masks import key_validity
 from .segments import Scoring, fold
 
@@ -65,11 +65,11 @@ class SimulatedCache(PackedCache):
             model, strategy, residual_length=residual_length, sink_tokens=sink_tokens, skip_layers=skip_layers
         )
 
-    def _layer(self, *arguments: Any) -> PackedLayer:
+    def _layer(self, *arguments: Any) -> BlockLayer:
         return _SimulatedLayer(*self._schedule, *arguments)
 
 
-class _SimulatedLayer(PackedLayer):
+class _SimulatedLayer(BlockLayer):
     """Holds every token twice: packed as far as the end of the run would have it, and exact in the tail."""
 
     def __init__(self, prefill: int, chunk: int, every_token: bool, *arguments: Any) -> None:

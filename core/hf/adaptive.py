@@ -1,0 +1,454 @@
+"""A layer whose tokens have widths of their own: pools of packed rows, and exact tail."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention import Partial, softmax_weights, with_sink
+from ...kernels.format import Format, Side
+from ...kernels.rows import state_ends
+from ..adaptive import AdaptiveStrategy, Evidence
+from ..history import AttentionHistory
+from ..host import HostCopy
+from ..pools import RowPools
+from ..protocol import LayerSpec
+from ..store import compact
+from .handles import LazyStates
+from .layer import SIDES, PackedLayer, under
+from .masks import key_validity
+from .segments import Scoring, fold
+
+# scores that are held at a time, over batch, heads, queries and keys
+SCORE_NUMBERS = 1 << 24
+
+# newest queries of a prompt that a strategy may measure
+MEASURED_QUERIES = 512
+
+SIXTEEN_BITS = Format(codes="exact")
+
+
+class Council(list["AdaptiveLayer"]):
+    """The layers of one cache, for strategies that decide for all of them together."""
+
+    def decide(self, layer: "AdaptiveLayer", overdue: bool) -> None:
+        """Called by a layer in which enough tokens wait; overdue: since the last forward."""
+        if not layer.strategy.together:
+            layer.apply(layer.strategy.widths(layer.spec, layer.evidence()))
+        elif overdue or layer is self[-1]:
+            layers = [each for each in self if each.due]
+            merged = layer.strategy.merge([each.evidence() for each in layers])
+            widths = layer.strategy.widths(layer.spec, merged)
+            for each in layers:
+                each.apply(widths)
+
+
+class AdaptiveLayer(PackedLayer):
+    """Whenever the tail holds `residual_length` tokens and `interval` more, widths are decided, after attention.
+
+    The older tokens of the tail then enter the pools, and those that are there already may change their pool. The
+    first `sink_tokens` real tokens of each row have 16 bits, whatever the strategy says; padding is not kept.
+    """
+
+    strategy: AdaptiveStrategy
+
+    def __init__(self, council: Council, *arguments: Any) -> None:
+        self._council = council
+        council.append(self)
+        super().__init__(*arguments)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.pools: dict[Side, RowPools] = {}
+        self.history = AttentionHistory(self.strategy.attention_window)
+        self.host = HostCopy() if self.strategy.host_copy else None
+        self.measured: dict[str, Tensor] = {}
+        """What the strategy measured on the prompt, each `[batch, heads]`."""
+        self._real: Tensor | None = None
+        """Which of the tokens that widths were decided for are no padding, `[batch, n]`; None: all."""
+        self._validity: Tensor | None = None
+        """Which tokens the latest forward's mask had as real, `[batch, keys]`; None: all."""
+        self._query: Tensor | None = None
+
+    # ---- length ----------------------------------------------------------------------------------------------------
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that widths were decided for, dropped ones included."""
+        return self.pools["key"].tokens if self.is_initialized else 0
+
+    @property
+    def due(self) -> bool:
+        """Whether enough tokens wait to be packed."""
+        if not self.is_initialized or self.formats is None:
+            return False
+        return self.tails["key"].length - self.options.residual_length >= self.strategy.interval
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens, each as wide as it is."""
+        super().truncate(length)
+        self.history.truncate(length)
+
+    def _cut_packed(self, length: int) -> None:
+        self.pools = {side: pools.truncated(length) for side, pools in self.pools.items()}
+        for tail in self.tails.values():
+            tail.truncate(0)
+        if self.host is not None:
+            self.host.truncate(length)
+        self._real = None if self._real is None else self._real[:, :length].clone()
+        if not length:
+            self.measured, self._query = {}, None
+
+    # ---- what attention reads --------------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store `[batch, kv_heads, tokens, dim]` and return lazy handles to all tokens; raises as `PackedLayer`."""
+        if self.due:
+            # another attention function read the last forward: nothing is known of attention
+            self._council.decide(self, overdue=True)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
+        """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
+        outputs = []
+        for tile in self._tiles(query, key, scoring, 0):
+            packed = tile.weights[..., : key.start]
+            # tokens packed since the handle was issued are read exact
+            packed = torch.nn.functional.pad(packed, (0, self.packed_tokens - key.start))
+            mix = self._apart(self.pools["value"].mix(self._owned(packed)))
+            exact = value.exact[:, :, : tile.weights.shape[-1] - key.start]
+            mix = mix + tile.weights[..., key.start :] @ exact.to(mix.dtype)
+            # the sink is in the sum already
+            partial = Partial(mix, tile.maximum, tile.total)
+            outputs.append(scoring._replace(s_aux=None).finish(partial, self.kv_heads, query[:, :, tile.start : tile.stop]))
+        return torch.cat(outputs, dim=2)
+
+    def observe(self, query: Tensor, key: LazyStates, scoring: Scoring) -> None:
+        """Attention of the queries that the strategy wants to know about."""
+        noticed = self._noticed(query.shape[2])
+        for _ in self._tiles(query, key, scoring, query.shape[2] - noticed):
+            pass
+
+    def settle(self) -> None:
+        """Decide, if it is time to."""
+        if self.due:
+            self._council.decide(self, overdue=False)
+
+    def dequantize(self, side: Side, packed: int) -> Tensor:
+        """The first `packed` tokens of one side dense, for other attention functions; raises if some were dropped."""
+        dropped = self.pools[side].widths.view(len(self._batch()), -1, self.packed_tokens)[..., :packed] == 0
+        real = dropped.new_ones(1, packed) if self._real is None else self._real[:, :packed]
+        if (dropped & real[:, None]).any():
+            raise RuntimeError(
+                f"layer {self.index} has dropped tokens, which only the attention implementation 'cachequant' leaves "
+                "out; attach the model again, or use a strategy that drops none"
+            )
+        return self.dense(side, packed)
+
+    def dense(self, side: Side, packed: int) -> Tensor:
+        """The first `packed` tokens `[batch, kv_heads, packed, dim]` in the model's dtype, zeros where dropped."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        rows = self.pools[side].dense(wide)[:, :packed]
+        if self._heads == 1:
+            return rows.unflatten(0, (-1, self.kv_heads)).to(self.dtype)
+        return rows.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2).to(self.dtype)
+
+    # ---- deciding --------------------------------------------------------------------------------------------------
+
+    def evidence(self) -> Evidence:
+        """What is known of the tokens in the pools and of those that leave the tail."""
+        with torch.inference_mode(False), torch.no_grad():
+            leaving = self._leaving()
+            batch, tokens = len(self._batch()), self.packed_tokens + leaving["key"].shape[2]
+            real = self._realness()
+            if not self.measured:
+                self.measured = self._measure(leaving, real[:, self.packed_tokens : tokens])
+            low, high = {}, {}
+            for side in SIDES:
+                trim = max(fmt.trim for fmt in getattr(self.formats, side))
+                ends = zip(self.pools[side].ends(trim), state_ends(self._rows(leaving[side]), trim), strict=True)
+                low[side], high[side] = (torch.cat(pair, dim=1).unflatten(0, (batch, -1)) for pair in ends)
+            return Evidence(
+                tokens=tokens,
+                seen=real.sum(-1),
+                newer=real.shape[1] - tokens,
+                real=real[:, :tokens],
+                attention=None if self.history.rows is None else self.history.rows[..., :tokens],
+                low=low,
+                high=high,
+                widths={side: pools.widths.unflatten(0, (batch, -1)) for side, pools in self.pools.items()},
+                measured=self.measured,
+            )
+
+    def apply(self, widths: dict[Side, Tensor]) -> None:
+        """Pack what leaves the tail, and what changes its width, as the strategy decided."""
+        with torch.inference_mode(False), torch.no_grad():
+            leaving = self._leaving()
+            real = self._realness()
+            tokens = self.packed_tokens + leaving["key"].shape[2]
+            settled = self._settled(widths, real[:, :tokens])
+            exact = self.host if self.host is not None and not self.host.lost else None
+            # everything is packed before anything is changed: what raises loses nothing
+            pools = {}
+            for side in SIDES:
+                read = None if exact is None else lambda owner, token, side=side: self._exact(side, owner, token)
+                pools[side] = self.pools[side].rebuilt(settled[side], self._rows(leaving[side]), read)
+            rest = {side: tail.read()[:, :, leaving[side].shape[2] :] for side, tail in self.tails.items()}
+            if self.host is not None:
+                self.host.append(leaving)
+            self.pools = pools
+            for side, tail in self.tails.items():
+                tail.replace(rest[side])
+            self._real = None if real.all() else real.clone()
+            self.history.forget(max(0, (self.strategy.attention_window or 0) - self.strategy.interval))
+
+    def _settled(self, widths: dict[Side, Tensor], real: Tensor) -> dict[Side, Tensor]:
+        """`widths`, checked, as the pools take them: uint8 `[owners, n]`."""
+        settled: dict[Side, Tensor] = {}
+        allowed = {side: [*self.pools[side].formats, *([0] if self.formats.drops else [])] for side in SIDES}
+        owners = self.kv_heads if self._heads == 1 else 1
+        for side in SIDES:
+            given = widths[side]
+            shape = (real.shape[0], given.shape[1] if given.ndim == 3 else -1, real.shape[1])
+            if given.dtype != torch.uint8 or given.shape != shape or shape[1] not in (1, owners):
+                raise ValueError(
+                    f"{self.strategy.name!r} gave {side} widths of {given.dtype} {tuple(given.shape)}, expected uint8 "
+                    f"{(real.shape[0], owners, real.shape[1])}"
+                )
+            if not torch.isin(given, given.new_tensor(allowed[side])).all():
+                raise ValueError(
+                    f"{self.strategy.name!r} gave {side} widths {given.unique().tolist()}, its formats have {allowed[side]}"
+                )
+            settled[side] = given.expand(-1, owners, -1).clone()
+        held = self.packed_tokens
+        if held and (self.host is None or self.host.lost):
+            for side, pools in self.pools.items():
+                old = pools.widths.unflatten(0, (real.shape[0], -1))
+                settled[side][..., :held] = torch.minimum(settled[side][..., :held], old)
+        sinks = self._sinks(real)
+        gone = ((settled["key"] == 0) | (settled["value"] == 0)) & ~sinks[:, None] | ~real[:, None]
+        for side, decided in settled.items():
+            decided.masked_fill_(sinks[:, None], 16).masked_fill_(gone, 0)
+        return {side: decided.flatten(0, 1) for side, decided in settled.items()}
+
+    def _sinks(self, real: Tensor) -> Tensor:
+        """Which tokens `[batch, n]` are the first real ones of their row."""
+        return real & (real.cumsum(-1) <= self.options.sink_tokens)
+
+    def _measure(self, leaving: dict[Side, Tensor], real: Tensor) -> dict[str, Tensor]:
+        query, self._query = self._query, None
+        if query is None:
+            groups = leaving["key"]
+            query = groups.new_empty(*groups.shape[:2], 1, 0, self.head_dim)
+        return self.strategy.measure(self.spec, query, leaving, real)
+
+    def _leaving(self) -> dict[Side, Tensor]:
+        count = self.tails["key"].length - self.options.residual_length
+        return {side: self.tails[side].read()[:, :, :count] for side in SIDES}
+
+    def _realness(self) -> Tensor:
+        """Which tokens are real, bool `[batch, tokens]`: as told when they were packed, or by the latest mask."""
+        tokens = self.get_seq_length()
+        now = self._validity
+        real = torch.ones(len(self._batch()), tokens, dtype=torch.bool, device=self.device)
+        if now is not None:
+            real &= now.expand(len(real), -1)
+        if self._real is not None:
+            real[:, : self._real.shape[1]] = self._real
+        return real
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    def _tiles(self, query: Tensor, key: LazyStates, scoring: Scoring, first: int) -> Iterator["_Tile"]:
+        """Attention weights of the queries from `first` on, some at a time; what the strategy wants is noticed."""
+        queries, keys = query.shape[2], key.shape[2]
+        if not self.measured:
+            self._keep(query.detach(), keys, scoring.scaling)
+        exact_key = key.rotated_exact()
+        step = max(1, SCORE_NUMBERS // (query.shape[0] * query.shape[1] * keys))
+        unnoticed = queries - self._noticed(queries)
+        for start in range(first, queries, step):
+            stop = min(start + step, queries)
+            view = scoring._replace(visibility=scoring.visibility.tile(start, stop))
+            seen = keys - queries + stop
+            lines = fold(query[:, :, start:stop], self.kv_heads, scoring.scaling)
+            scores = view.visibility.hide(view.scores(lines, exact_key[:, :, : seen - key.start], stop - start), key.start)
+            if key.start:
+                scores = torch.cat([self._packed_scores(lines, key.start, view, stop - start), scores], dim=-1)
+            weights, maximum, total = softmax_weights(scores.flatten(2, 3))
+            sink = view.sink(self.kv_heads, stop - start)
+            if sink is not None:
+                # `weights` stands in for the mix: it is scaled alike
+                weights, maximum, total = with_sink(Partial(weights, maximum, total), sink)
+            tile = _Tile(start, stop, weights, maximum, total)
+            if stop > unnoticed:
+                self._notice(tile, max(start, unnoticed), seen)
+            yield tile
+
+    def _packed_scores(self, lines: Tensor, packed: int, scoring: Scoring, queries: int) -> Tensor:
+        pools = self.pools["key"]
+        scores = self._apart(pools.scores(self._owned(lines)))[..., :packed]
+        scores = scoring.visibility.hide(scoring.cap(scores.unflatten(2, (-1, queries))), 0)
+        dropped = pools.widths.unflatten(0, (len(lines), -1))[:, :, None, None, :packed] == 0
+        return scores.masked_fill(dropped, -torch.inf)
+
+    def _noticed(self, queries: int) -> int:
+        """How many of the newest of `queries` queries the next decision is to know."""
+        window = self.strategy.attention_window
+        if window is None or not window or self.formats is None:
+            return queries if window is None and self.formats is not None else 0
+        ahead = self.strategy.interval + self.options.residual_length - self.tails["key"].length
+        return max(0, min(queries, window - max(0, ahead)))
+
+    def _notice(self, tile: "_Tile", first: int, seen: int) -> None:
+        shape = (-1, tile.stop - tile.start)
+        share = (tile.weights / tile.total.masked_fill(tile.total == 0, 1)).unflatten(2, shape)
+        share = share[..., first - tile.start :, :].detach()
+        if self._validity is not None:
+            real = self._validity[:, seen - share.shape[3] : seen]
+            share = share * real[:, None, None, :, None]
+        with torch.inference_mode(False), torch.no_grad():
+            self.history.add(self.strategy.notice(share), seen)
+
+    def _keep(self, query: Tensor, keys: int, scaling: float) -> None:
+        """Keep the newest queries until the strategy has measured them; NaN where they are padding."""
+        with torch.inference_mode(False), torch.no_grad():
+            query = query[:, :, -MEASURED_QUERIES:]
+            rows = fold(query, self.kv_heads, scaling).unflatten(2, (-1, query.shape[2]))
+            if self._validity is not None:
+                padding = ~self._validity[:, keys - rows.shape[3] : keys]
+                rows = rows.masked_fill(padding[:, None, None, :, None], torch.nan)
+            if self._query is not None:
+                rows = torch.cat([self._query, rows], dim=3)
+            self._query = compact(rows[:, :, :, -MEASURED_QUERIES:])
+
+    # ---- bytes and files -------------------------------------------------------------------------------------------
+
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes by kind; with the spare capacity they are what is held."""
+        if not self.is_initialized:
+            return {}
+        sizes: dict[str, int] = {}
+        spare = 0
+        for side, pools in self.pools.items():
+            used = pools.used_bytes()
+            spare += pools.held_bytes() - sum(used.values())
+            for name, size in used.items():
+                row = name if name == "widths" else f"{side} {name.partition('_')[0].replace('outlier', 'outliers')}"
+                sizes[row] = sizes.get(row, 0) + size
+        beside = super().used_bytes()
+        sizes["attention history"] = self.history.held_bytes()
+        small = [*self.measured.values(), *(t for t in (self._real, self._query) if t is not None)]
+        sizes["widths"] = sizes.get("widths", 0) + sum(tensor.untyped_storage().nbytes() for tensor in small)
+        return {**sizes, "tail": beside["tail"], "spare": beside["spare"] + spare}
+
+    def host_bytes(self) -> dict[str, int]:
+        """Bytes of the exact copies."""
+        return {} if self.host is None else {"host copy": self.host.held_bytes()}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file needs to restore this layer: plain values, and tensors by name."""
+        values, tensors = super().state()
+        if not values:
+            return values, tensors
+        for side in SIDES:
+            tensors.update({f"pools.{side}.{name}": tensor for name, tensor in self.pools[side].state().items()})
+        tensors.update({f"measured.{name}": tensor for name, tensor in self.measured.items()})
+        if self._real is not None:
+            tensors["real"] = self._real
+        if self.history.rows is not None:
+            tensors["history"] = self.history.rows
+        values["queries"] = self.history.queries
+        if self.host is not None:
+            tensors.update({f"host.{side}": states for side, states in self.host.state().items()})
+            values["host"] = {name: getattr(self.host, name) for name in ("lost", "to_host", "from_host")}
+        return values, tensors
+
+    def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`, on the device of `tensors`. Raises ValueError when the formats are not the same."""
+        super().restore(values, tensors)
+        if not values:
+            return
+        for side in SIDES:
+            self.pools[side] = self.pools[side].restored(under(f"pools.{side}.", tensors))
+        self.measured = under("measured.", tensors)
+        self._real = tensors.get("real")
+        self.history.rows, self.history.queries = tensors.get("history"), values["queries"]
+        if self.host is not None:
+            copies: dict[Side, Tensor] = {side: tensors[f"host.{side}"] for side in SIDES if f"host.{side}" in tensors}
+            self.host.restore(copies, values["host"])
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Ask the strategy for this layer's formats, given the shapes that really arrive."""
+        super().lazy_initialization(key_states, value_states)
+        owners = len(key_states) * (self.kv_heads if self._heads == 1 else 1)
+        for side, states in (("key", key_states), ("value", value_states)):
+            formats = () if self.formats is None else self._with_room_for_sinks(getattr(self.formats, side))
+            self.pools[side] = RowPools(formats, owners, self._heads, states.shape[3], states)
+
+    def _ask_formats(self, spec: LayerSpec) -> None:
+        formats = self.strategy.formats(spec)
+        if formats is not None:
+            formats.require_fitting(spec.head_dim, spec.value_dim, spec.kv_heads)
+        self.formats = formats
+        self._heads = spec.kv_heads if formats is not None and formats.heads == "together" else 1
+        """Heads that a row holds."""
+
+    def _with_room_for_sinks(self, formats: tuple[Format, ...]) -> tuple[Format, ...]:
+        exact = formats[-1].codes == "exact" or not self.options.sink_tokens
+        return formats if exact else (*formats, SIXTEEN_BITS)
+
+    def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
+        self._validity = key_validity(self._mask)
+        return super()._store(key_states, value_states)
+
+    def _map_packed(self, change: Callable[[Tensor], Tensor]) -> None:
+        batch = next(iter(self.pools.values())).widths.shape[0] // (self.kv_heads if self._heads == 1 else 1)
+        rows = change(torch.arange(batch, device=self.device))
+        heads = torch.arange(self.kv_heads if self._heads == 1 else 1, device=self.device)
+        owners = (rows[:, None] * len(heads) + heads).flatten()
+        self.pools = {side: pools.selected(owners) for side, pools in self.pools.items()}
+        self.history.map(change)
+        self.measured = {name: change(tensor).clone() for name, tensor in self.measured.items()}
+        self._real = None if self._real is None else change(self._real).clone()
+        self._validity = None
+        self._query = None if self._query is None else compact(change(self._query))
+        if self.host is not None:
+            self.host.map(change)
+
+    def _exact(self, side: Side, owner: Tensor, token: Tensor) -> Tensor:
+        assert self.host is not None
+        if self._heads == 1:
+            return self.host.read(side, owner // self.kv_heads, owner % self.kv_heads, token)
+        return self.host.read(side, owner, None, token).flatten(1)
+
+    def _batch(self) -> Tensor:
+        return self.tails["key"].read()
+
+    def _rows(self, states: Tensor) -> Tensor:
+        """`[batch, kv_heads, n, dim]` as rows `[owners, n, numbers]`."""
+        return states.flatten(0, 1) if self._heads == 1 else states.transpose(1, 2).flatten(2)
+
+    def _owned(self, lines: Tensor) -> Tensor:
+        """`[batch, kv_heads, ...]` as `[owners, heads of a row, ...]`."""
+        return lines.flatten(0, 1).unsqueeze(1) if self._heads == 1 else lines
+
+    def _apart(self, owned: Tensor) -> Tensor:
+        """The inverse of `_owned`."""
+        return owned.squeeze(1).unflatten(0, (-1, self.kv_heads)) if self._heads == 1 else owned
+
+
+class _Tile(NamedTuple):
+    """Attention of the queries `[start, stop)` of a forward.
+
+    weights: `[batch, kv_heads, R, keys that the last of them may see]`, to be divided by `total [..., 1]`.
+    """
+
+    start: int
+    stop: int
+    weights: Tensor
+    maximum: Tensor
+    total: Tensor

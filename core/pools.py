@@ -1,0 +1,276 @@
+"""Pools of packed rows: tokens of one side of one layer, each in the pool of its width.
+
+An *owner* is what tokens are told apart by: a batch row, or a head of one. A pool lays the rows of its width out owner
+by owner, oldest first, in blocks of `ROWS` that belong to one owner each. So `widths` alone says where every token lies,
+and a pool holds at most `ROWS - 1` empty rows per owner, however often tokens move. They move all at once, in
+`rebuild`; in between nothing is written.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..kernels.format import Format, row_bits
+from ..kernels.rows import decode_rows, encode_rows, half_dtype, recode_rows, row_ends, row_mix, row_scores
+
+ROWS = 32
+
+# numbers that are unpacked or encoded at a time
+CHUNK_NUMBERS = 1 << 20
+
+Exact = Callable[[Tensor, Tensor], Tensor]
+"""Owners and tokens, both `[n]`, to the exact states `[n, numbers]`."""
+
+
+class RowPools:
+    """The rows of one side of one layer.
+
+    formats: ascending widths, as in `MixedFormat`. A row has `heads * dim` numbers.
+    """
+
+    def __init__(self, formats: tuple[Format, ...], owners: int, heads: int, dim: int, like: Tensor) -> None:
+        self.formats = {row_bits(fmt): fmt for fmt in formats}
+        self.heads, self.dim = heads, dim
+        self.dtype, self._half = like.dtype, half_dtype(like.dtype)
+        self.widths = torch.empty(owners, 0, dtype=torch.uint8, device=like.device)
+        """`[owners, tokens]`; 0: dropped."""
+        self._pools: dict[int, _Pool] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per owner, dropped ones included."""
+        return self.widths.shape[1]
+
+    @property
+    def numbers(self) -> int:
+        """Per row."""
+        return self.heads * self.dim
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Dot products `[owners, heads, R, tokens]` with `query [owners, heads, R, dim]`; -inf where dropped."""
+        parts = []
+        for fmt, pool in self._filled():
+            for owner, rows in pool.chunks(self._rows_at_a_time(query.shape[2])):
+                scores = row_scores(query[owner], rows, fmt)
+                parts.append(scores.permute(0, 3, 1, 2).flatten(0, 1))
+        parts.append(query.new_full((1, *query.shape[1:3]), -torch.inf))
+        return torch.cat(parts)[self._slots()].permute(0, 2, 3, 1)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Sums of rows `[owners, heads, R, dim]`, weighted by `weights [owners, heads, R, tokens]`."""
+        heads, lines = weights.shape[1:3]
+        slots = self._slots()
+        placed = weights.new_zeros(self._capacity() + 1, heads, lines)
+        placed[slots.flatten()] = weights.permute(0, 3, 1, 2).flatten(0, 1)
+        mixed = weights.new_zeros(*weights.shape[:3], self.dim)
+        start = 0
+        for fmt, pool in self._filled():
+            for owner, rows in pool.chunks(self._rows_at_a_time(lines)):
+                stop = start + owner.numel() * next(iter(rows.values())).shape[1]
+                mine = placed[start:stop].unflatten(0, (owner.numel(), -1)).permute(0, 2, 3, 1)
+                mixed.index_add_(0, owner, row_mix(mine, rows, fmt, self.dim))
+                start = stop
+        return mixed
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The states `[owners, tokens, heads * dim]`; zeros where dropped."""
+        states = torch.zeros(*self.widths.shape, self.numbers, dtype=dtype, device=self.widths.device)
+        for width, pool in self._pools.items():
+            here = self.widths == width
+            places = pool.places(here)[here]
+            for index in _pieces(here, self.numbers):
+                rows = pool.take(places[: len(index[0])])
+                states[index] = decode_rows(rows, self.formats[width], self.numbers, dtype)
+                places = places[len(index[0]) :]
+        return states
+
+    def ends(self, trim: int) -> tuple[Tensor, Tensor]:
+        """Ends of the ranges, `[owners, tokens]` float32; 0 where dropped."""
+        low = torch.zeros(self.widths.shape, device=self.widths.device)
+        high = torch.zeros_like(low)
+        for width, pool in self._pools.items():
+            here = self.widths == width
+            rows = pool.take(pool.places(here)[here])
+            low[here], high[here] = row_ends(rows, self.formats[width], trim)
+        return low, high
+
+    # ---- changing --------------------------------------------------------------------------------------------------
+
+    def rebuilt(self, widths: Tensor, fresh: Tensor, exact: Exact | None) -> "RowPools":
+        """The pools after a decision; these stay as they are until they are let go.
+
+        widths: `[owners, n]`, of the tokens held and of as many new ones as `fresh [owners, n - tokens, numbers]` has.
+        exact: where to read what becomes wider; without it, `widths` must not exceed what they were.
+        """
+        new = RowPools(tuple(self.formats.values()), len(widths), self.heads, self.dim, fresh)
+        new.widths = widths
+        held, old = self.tokens, self.widths
+        sources = {width: pool.places(old == width) for width, pool in self._pools.items()}
+        for width, fmt in self.formats.items():
+            wanted = widths == width
+            if not wanted.any():
+                continue
+            pool = _Pool(wanted, encode_rows(fresh.new_zeros(1, self.numbers), fmt))
+            places = pool.places(wanted)
+            for before in (0, *self._pools):
+                moving = wanted[:, :held] & (old == before)
+                if not moving.any():
+                    continue
+                for owner, token in _pieces(moving, self.numbers):
+                    if before >= width:
+                        rows = self._pools[before].take(sources[before][owner, token])
+                        if before > width:
+                            rows = recode_rows(rows, self.formats[before], fmt, self.numbers)
+                    else:
+                        assert exact is not None  # as asked above
+                        rows = encode_rows(exact(owner, token), fmt)
+                    pool.put(places[owner, token], rows)
+            for owner, token in _pieces(wanted[:, held:], self.numbers):
+                pool.put(places[owner, held + token], encode_rows(fresh[owner, token], fmt))
+            new._pools[width] = pool
+        return new
+
+    def truncated(self, tokens: int) -> "RowPools":
+        """Pools of the first `tokens` tokens."""
+        return self._chosen(self.widths[:, :tokens], None)
+
+    def selected(self, owners: Tensor) -> "RowPools":
+        """Pools whose owner `i` is the owner `owners[i]` of these."""
+        return self._chosen(self.widths[owners], owners)
+
+    def _chosen(self, widths: Tensor, owners: Tensor | None) -> "RowPools":
+        chosen = RowPools(tuple(self.formats.values()), len(widths), self.heads, self.dim, self._like())
+        chosen.widths = widths.clone()
+        for width, old in self._pools.items():
+            here = widths == width
+            if not here.any():
+                continue
+            places = old.places(self.widths == width)
+            places = places[:, : widths.shape[1]] if owners is None else places[owners]
+            pool = _Pool(here, old.take(places[here][:1]))
+            pool.put(pool.places(here)[here], old.take(places[here]))
+            chosen._pools[width] = pool
+        return chosen
+
+    # ---- bytes and files -------------------------------------------------------------------------------------------
+
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes by kind of the rows that hold a token, and of what says where they are."""
+        sizes = {"widths": self.widths.untyped_storage().nbytes()}
+        for width, pool in self._pools.items():
+            sizes["widths"] += pool.owner.untyped_storage().nbytes()
+            count = int((self.widths == width).sum())
+            for name, tensor in pool.rows.items():
+                sizes[name] = sizes.get(name, 0) + count * tensor[0, 0].numel() * tensor.element_size()
+        return sizes
+
+    def held_bytes(self) -> int:
+        """Bytes of the storages, empty rows included."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors held."""
+        pools = [tensor for pool in self._pools.values() for tensor in (pool.owner, *pool.rows.values())]
+        return [self.widths, *pools]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a file needs, by name."""
+        named = {"widths": self.widths}
+        for width, pool in self._pools.items():
+            named.update({f"{width}.{name}": tensor for name, tensor in pool.rows.items()})
+        return named
+
+    def restored(self, named: dict[str, Tensor]) -> "RowPools":
+        """Pools of these formats with what `state` gave."""
+        pools = RowPools(tuple(self.formats.values()), len(named["widths"]), self.heads, self.dim, self._like())
+        pools.widths = named["widths"]
+        for width in self.formats:
+            rows = {n.partition(".")[2]: t for n, t in named.items() if n.partition(".")[0] == str(width)}
+            if rows:
+                pools._pools[width] = _Pool(pools.widths == width, rows=rows)
+        return pools
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _filled(self) -> Iterator[tuple[Format, "_Pool"]]:
+        return ((self.formats[width], pool) for width, pool in self._pools.items())
+
+    def _capacity(self) -> int:
+        return sum(pool.capacity for pool in self._pools.values())
+
+    def _slots(self) -> Tensor:
+        """Where each token's row lies in the pools put one after the other, `[owners, tokens]`; dropped: beyond."""
+        slots = torch.full(self.widths.shape, self._capacity(), device=self.widths.device)
+        start = 0
+        for width, pool in self._pools.items():
+            here = self.widths == width
+            slots = torch.where(here, pool.places(here) + start, slots)
+            start += pool.capacity
+        return slots
+
+    def _rows_at_a_time(self, lines: int) -> int:
+        return max(ROWS, CHUNK_NUMBERS // max(self.numbers, lines * self.heads))
+
+    def _like(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.widths.device)
+
+
+class _Pool:
+    """Rows of one width, `[blocks, ROWS, ...]` by name.
+
+    here: bool `[owners, tokens]`, which tokens lie in it. like: some rows `[n, ...]`, for shapes and dtypes.
+    """
+
+    def __init__(
+        self, here: Tensor, like: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
+    ) -> None:
+        blocks = -(-here.sum(1) // ROWS)
+        self._owners = len(blocks)
+        self.owner = torch.arange(self._owners, device=here.device).repeat_interleave(blocks)
+        self.rows = rows or {
+            name: tensor.new_zeros(len(self.owner), ROWS, *tensor.shape[1:]) for name, tensor in (like or {}).items()
+        }
+
+    @property
+    def capacity(self) -> int:
+        """Rows, empty ones included."""
+        return len(self.owner) * ROWS
+
+    def places(self, here: Tensor) -> Tensor:
+        """Which row of the pool a token lies in, `[owners, tokens]`, where `here`; elsewhere anything."""
+        rank = here.cumsum(1)
+        blocks = -(-rank[:, -1:] // ROWS)
+        return rank - 1 + (blocks.cumsum(0) - blocks) * ROWS
+
+    def take(self, places: Tensor) -> dict[str, Tensor]:
+        """The rows `[n, ...]` at `places [n]`."""
+        return {name: tensor.flatten(0, 1)[places] for name, tensor in self.rows.items()}
+
+    def put(self, places: Tensor, rows: dict[str, Tensor]) -> None:
+        """Write rows `[n, ...]` at `places [n]`."""
+        for name, tensor in rows.items():
+            self.rows[name].flatten(0, 1)[places] = tensor
+
+    def chunks(self, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Owners `[blocks]` and rows `[blocks, n, ...]`, about `count` rows at a time, in order."""
+        if self._owners == 1:
+            # all rows of a chunk as one block
+            for start in range(0, self.capacity, count):
+                piece = {name: tensor.flatten(0, 1)[None, start : start + count] for name, tensor in self.rows.items()}
+                yield self.owner[:1], piece
+            return
+        step = max(1, count // ROWS)
+        for start in range(0, len(self.owner), step):
+            stop = start + step
+            yield self.owner[start:stop], {name: tensor[start:stop] for name, tensor in self.rows.items()}
+
+
+def _pieces(mask: Tensor, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Owner and token of what `mask` marks, owner by owner, as many at a time as bound the float copies of rows."""
+    owner, token = mask.nonzero(as_tuple=True)
+    step = max(1, 4 * CHUNK_NUMBERS // numbers)
+    for start in range(0, len(owner), step):
+        yield owner[start : start + step], token[start : start + step]
