@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.format import Format, LayerFormat, MixedFormat, Side, Width
+from ..kernels.format import Bits, Format, LayerFormat, MixedFormat, Side, Width
 from ..kernels.quantize import Tables
 from .adaptive import AdaptiveStrategy, Evidence, round_up
 from .memory import MemoryReport
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveStrategy",
+    "Bits",
     "CacheQuantizer",
     "Evidence",
     "Format",

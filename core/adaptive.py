@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -74,7 +75,7 @@ class AdaptiveStrategy(Strategy):
         """Whether all layers decide together, after the last one: `merge` is then asked."""
         return False
 
-    def formats(self, layer: LayerSpec) -> MixedFormat | None:  # type: ignore[override]
+    def formats(self, layer: LayerSpec) -> MixedFormat | None:
         """The widths that tokens may have, and their rows; None keeps the layer exact."""
         raise NotImplementedError(f"strategy {self.name!r} must define formats(layer)")
 

@@ -13,7 +13,8 @@ check and what was expected. Strategies that have to be calibrated come as they 
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..kernels import quantize
-from ..kernels.format import Format, LayerFormat, Side
+from ..kernels.format import Format, LayerFormat, MixedFormat, Side, row_bits
 from ..kernels.quantize import Tables
 from ..kernels.rotation import hadamard_rotate
+from .adaptive import AdaptiveStrategy, Evidence
 from .calibration import CalibratedStrategy, Calibration, Statistics
 from .calibration.statistics import Density, Extremes
 from .protocol import CacheQuantizer, LayerSpec, Strategy
@@ -76,10 +78,11 @@ def check_settings_are_frozen_strict_and_round_trip(strategy: CacheQuantizer) ->
 
 
 def check_formats_depend_on_the_layer_alone(strategy: CacheQuantizer) -> None:
-    """Asked twice about one layer, a strategy answers the same: a LayerFormat, or None to keep the layer exact."""
+    """Asked twice about one layer, a strategy answers the same: its formats, or None to keep the layer exact."""
     first, second = strategy.formats(LAYER), strategy.formats(LAYER)
+    kind = MixedFormat if isinstance(strategy, AdaptiveStrategy) else LayerFormat
     _require(
-        first is None or isinstance(first, LayerFormat), strategy, f"formats() to return a LayerFormat, got {first!r}"
+        first is None or isinstance(first, kind), strategy, f"formats() to return a {kind.__name__}, got {first!r}"
     )
     _require(first == second, strategy, "formats() to give the same answer twice")
     _require(_for_model(strategy).formats(LAYER) == first, strategy, "a calibration not to change formats()")
@@ -223,6 +226,57 @@ def check_bytes_match_the_formula(strategy: CacheQuantizer) -> None:
             _require(held == stated, strategy, f"packed {side}s to take the {stated} bytes of the formula, got {held}")
 
 
+# ---- widths --------------------------------------------------------------------------------------------------------
+
+
+def check_widths_are_those_of_the_formats(strategy: CacheQuantizer) -> None:
+    """Every token gets a width that there is, whatever is known of it: attention or none, ranges or none, one token."""
+    if not isinstance(strategy, AdaptiveStrategy):
+        return
+    for what, evidence in _evidence(strategy):
+        for side, widths in strategy.widths(LAYER, evidence).items():
+            shapes = [(2, heads, evidence.tokens) for heads in (1, LAYER.kv_heads)]
+            _require(
+                widths.dtype == torch.uint8 and tuple(widths.shape) in shapes,
+                strategy,
+                f"{side} widths of {what} to be uint8 of shape {shapes[-1]}, got {widths.dtype} {tuple(widths.shape)}",
+            )
+            found = set(widths.unique().tolist())
+            allowed = _allowed_widths(strategy, side)
+            _require(
+                found <= allowed, strategy, f"{side} widths of {what} among {sorted(allowed)}, got {sorted(found)}"
+            )
+
+
+def check_deciding_changes_nothing_and_is_deterministic(strategy: CacheQuantizer) -> None:
+    """Asked twice about the same evidence, a strategy gives the same widths, and leaves the evidence as it was."""
+    if not isinstance(strategy, AdaptiveStrategy):
+        return
+    for what, evidence in _evidence(strategy):
+        before = copy.deepcopy(evidence)
+        first, second = (strategy.widths(LAYER, evidence) for _ in range(2))
+        _require(_same(first, second), strategy, f"the widths of {what} to be the same when asked twice")
+        for name in ("low", "high", "widths", "measured"):
+            _require(_same(getattr(before, name), getattr(evidence, name)), strategy, f"{name} of {what} unchanged")
+        if before.attention is not None and evidence.attention is not None:
+            _require(torch.equal(before.attention, evidence.attention), strategy, f"attention of {what} unchanged")
+
+
+def check_widths_of_a_batch_row_are_its_own(strategy: CacheQuantizer) -> None:
+    """What is known of one batch row does not move the widths of another."""
+    if not isinstance(strategy, AdaptiveStrategy):
+        return
+    evidence = dict(_evidence(strategy))["a prompt"]
+    other = copy.deepcopy(evidence)
+    for tensors in (other.low, other.high, other.measured):
+        for tensor in tensors.values():
+            tensor[1] *= 5
+    if other.attention is not None:
+        other.attention[1] = other.attention[1].flip(-1)
+    pair = [{side: w[:1] for side, w in strategy.widths(LAYER, each).items()} for each in (evidence, other)]
+    _require(_same(*pair), strategy, "the widths of batch row 0 not to depend on row 1")
+
+
 # ---- in the cache --------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +284,8 @@ def check_streaming_equals_the_simulation(strategy: CacheQuantizer) -> None:
     """Decoding through the packed cache and the one-forward simulation give the same logits (float64, 1e-6)."""
     from .hf.simulate import SimulatedCache
 
+    if isinstance(strategy, AdaptiveStrategy):
+        return  # packs tokens again, which one forward cannot show
     model = _model(torch.float64)
     tokens = _tokens(2, 180 + _block(strategy))
     with torch.no_grad():
@@ -285,8 +341,14 @@ def check_crop_forgets_what_came_after(strategy: CacheQuantizer) -> None:
         model(tokens[:, : 2 * block], past_key_values=longer)
         shorter = copy.deepcopy(longer)
         model(tokens[:, 2 * block :], past_key_values=longer)
+        held = [_held(layer, 2 * block) for layer in longer.packed_layers]
         longer.crop(-(block + 7))
         _require(longer.get_seq_length() == 2 * block, strategy, f"crop to leave {2 * block} tokens")
+        if isinstance(strategy, AdaptiveStrategy):
+            # what came after may have changed widths before it was cropped
+            left = [_held(layer, 2 * block) for layer in longer.packed_layers]
+            _require(all(map(torch.equal, held, left)), strategy, "crop to leave the other tokens as they are")
+            return
         pair = [model(tokens[:, :3], past_key_values=cache).logits for cache in (longer, shorter)]
     _require(bool((pair[0] - pair[1]).abs().max() <= 1e-4), strategy, "a cropped cache to equal one never filled")
 
@@ -327,14 +389,8 @@ def check_memory_counts_every_byte(strategy: CacheQuantizer) -> None:
     cache, _ = _filled(model, strategy)
     report = cache.memory()
     _require(sum(report.rows.values()) == report.device_bytes + report.host_bytes, strategy, "memory rows to add up")
-    held = sum(
-        tensor.untyped_storage().nbytes()
-        for layer in cache.packed_layers
-        for store in (*layer.stores.values(), *layer.tails.values())
-        for tensor in store.tensors()
-    )
-    beside = ("cut block", "sinks", "codebooks", "static scales", "rope", "host layers")
-    counted = sum(size for name, size in report.rows.items() if name not in beside)
+    held = sum(tensor.untyped_storage().nbytes() for layer in cache.packed_layers for tensor in layer.tensors())
+    counted = report.device_bytes - report.rows["rope"] - report.rows["host layers"]
     _require(held == counted, strategy, f"the memory report to count the {held} bytes held, got {counted}")
 
 
@@ -365,13 +421,17 @@ def _failure(strategy: CacheQuantizer, expectation: str) -> ContractError:
 
 
 def _sides(strategy: CacheQuantizer) -> list[tuple[Side, LayerFormat]]:
+    """The sides that a strategy encodes itself; rows of mixed widths are the shared kernels'."""
     formats = strategy.formats(LAYER)
-    return [] if formats is None else [(side, formats) for side in SIDES]
+    return [(side, formats) for side in SIDES] if isinstance(formats, LayerFormat) else []
 
 
 def _block(strategy: CacheQuantizer) -> int:
+    """Tokens that are packed at a time."""
+    if isinstance(strategy, AdaptiveStrategy):
+        return strategy.interval
     formats = strategy.formats(LAYER)
-    return 128 if formats is None else formats.block
+    return formats.block if isinstance(formats, LayerFormat) else 128
 
 
 def _states(formats: LayerFormat, blocks: int = 2) -> Tensor:
@@ -384,7 +444,7 @@ def _states(formats: LayerFormat, blocks: int = 2) -> Tensor:
 
 def _encode(strategy: CacheQuantizer, side: Side, states: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
     formats = strategy.formats(LAYER)
-    assert formats is not None
+    assert isinstance(formats, LayerFormat)
     # one fit for all that is encoded, unless padding is what matters
     tables = _tables(strategy, side, _states(formats) if valid is None else states, valid)
     return _for_states(strategy).encode(states, getattr(formats, side), side, formats.block, valid, tables)
@@ -478,7 +538,68 @@ def _measured(strategy: CalibratedStrategy, side: Side, formats: LayerFormat) ->
     return Statistics(density.mass.float(), low, high, sensitivity)
 
 
-def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+# ---- evidence ------------------------------------------------------------------------------------------------------
+
+
+def _evidence(strategy: AdaptiveStrategy) -> list[tuple[str, Evidence]]:
+    """What a cache may know of two batch rows when it asks for widths, and what to call it."""
+    generator = torch.Generator().manual_seed(11)
+    known = []
+    for what, tokens, packed in (("a single token", 1, 0), ("a prompt", 90, 0), ("decoding", 120, 90)):
+        known.append((what, _known(strategy, tokens, packed, generator)))
+    prompt = known[1][1]
+    flat: dict[Side, Tensor] = {side: torch.zeros_like(low) for side, low in prompt.low.items()}
+    known.append(("unseen tokens", replace(prompt, attention=None)))
+    known.append(("tokens without a range", replace(prompt, low=flat, high=flat)))
+    return known
+
+
+def _known(strategy: AdaptiveStrategy, tokens: int, packed: int, generator: torch.Generator) -> Evidence:
+    formats = strategy.formats(LAYER)
+    assert formats is not None
+    heads = LAYER.kv_heads if formats.heads == "apart" else 1
+    real = torch.ones(2, tokens, dtype=torch.bool)
+    real[1, : tokens // 4] = False
+    span: dict[Side, Tensor] = {side: torch.rand(2, heads, tokens, generator=generator) * 6 + 0.1 for side in SIDES}
+    attention = (
+        torch.rand(2, LAYER.kv_heads, 1, 7, tokens, generator=generator)
+        .pow(8)
+        .masked_fill(~real[:, None, None, None], 0)
+    )
+    seen = strategy.attention_window
+    rows = None if seen == 0 else strategy.notice(attention / attention.sum(-1, keepdim=True).clamp(min=1e-9))
+    if rows is not None:
+        rows = rows.sum(2, keepdim=True) if seen is None else rows[:, :, -seen:]
+    states: dict[Side, Tensor] = {
+        side: torch.randn(2, LAYER.kv_heads, tokens, LAYER.head_dim, generator=generator) for side in SIDES
+    }
+    query = torch.randn(2, LAYER.kv_heads, 2, 7, LAYER.head_dim, generator=generator)
+    evidence = Evidence(
+        tokens=tokens,
+        seen=real.sum(-1),
+        newer=0,
+        real=real,
+        attention=rows,
+        low={side: -width / 2 for side, width in span.items()},
+        high={side: width / 2 for side, width in span.items()},
+        widths={side: torch.zeros(2, heads, 0, dtype=torch.uint8) for side in SIDES},
+        measured=strategy.measure(LAYER, query, states, real),
+    )
+    if strategy.together:
+        evidence = strategy.merge([evidence, evidence])
+    if packed:
+        held = {side: widths[:, :, :packed] for side, widths in strategy.widths(LAYER, evidence).items()}
+        evidence = replace(evidence, widths=held)
+    return evidence
+
+
+def _allowed_widths(strategy: AdaptiveStrategy, side: Side) -> set[int]:
+    formats = strategy.formats(LAYER)
+    assert formats is not None
+    return {row_bits(fmt) for fmt in getattr(formats, side)} | ({0} if formats.drops else set())
+
+
+def _same(first: Mapping[Any, Tensor], second: Mapping[Any, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -519,7 +640,24 @@ def _dense_attention(layer: Any) -> Callable[..., Tensor]:
 
     def attend(query: Tensor, key: Any, value: Any, scoring: Any) -> Tensor:
         rows = query.float().unflatten(1, (layer.kv_heads, -1)).flatten(2, 3)
-        output = attend_reference(rows, key.materialize().float(), value.materialize().float(), scoring.scaling)
+        states = [_held(layer, handle.start, handle.side) for handle in (key, value)]
+        states = [torch.cat([s, h.rotated_exact()], dim=2).float() for s, h in zip(states, (key, value), strict=True)]
+        kept = _kept(layer, key.start, key.shape[2])
+        output = attend_reference(rows, states[0], states[1], scoring.scaling, kept)
         return output.reshape(query.shape).to(query.dtype)
 
     return attend
+
+
+def _held(layer: Any, packed: int, side: Side = "key") -> Tensor:
+    """The first `packed` tokens as they are packed, dense."""
+    read = layer.dense if hasattr(layer, "pools") else layer.dequantize
+    return read(side, min(packed, layer.packed_tokens))
+
+
+def _kept(layer: Any, packed: int, tokens: int) -> Tensor | None:
+    """Which tokens were not dropped, `[batch, heads or 1, 1, tokens]`; None: all."""
+    if not hasattr(layer, "pools"):
+        return None
+    widths = layer.pools["key"].widths.unflatten(0, (layer.tails["key"].read().shape[0], -1))[:, :, None, :packed]
+    return torch.nn.functional.pad(widths > 0, (0, tokens - packed), value=True)

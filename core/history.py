@@ -35,6 +35,15 @@ class AttentionHistory:
         self.rows = compact(rows if self.window is None else rows[:, :, -self.window :])
         self.queries = queries
 
+    def read(self, tokens: int) -> Tensor | None:
+        """Rows `[batch, kv_heads, rows, tokens]`, now that there are `tokens`; None where the newest query went unseen.
+
+        Of a sum, queries that went unseen are missing.
+        """
+        if self.rows is None or (self.window is not None and self.queries != tokens):
+            return None
+        return torch.nn.functional.pad(self.rows, (0, tokens - self.rows.shape[-1]))
+
     def forget(self, rows: int) -> None:
         """Keep the newest `rows` rows; a sum is kept as it is."""
         if self.window is not None and self.rows is not None:

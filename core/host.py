@@ -66,12 +66,17 @@ class HostCopy:
         if tokens < self._tokens:
             self.wait()
             self._tokens = tokens
-            self._buffers = {side: _pinned_like(buffer, compact(buffer[:, :, :tokens])) for side, buffer in self._buffers.items()}
+            self._buffers = {
+                side: _pinned_like(buffer, compact(buffer[:, :, :tokens])) for side, buffer in self._buffers.items()
+            }
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension, made for tensors on any device."""
         self.wait()
-        self._buffers = {side: _pinned_like(old, compact(change(states))) for (side, old), states in zip(self._buffers.items(), self.state().values(), strict=True)}
+        self._buffers = {
+            side: _pinned_like(old, compact(change(states)))
+            for (side, old), states in zip(self._buffers.items(), self.state().values(), strict=True)
+        }
 
     def state(self) -> dict[Side, Tensor]:
         """The copies, `[batch, kv_heads, tokens, dim]`, by side."""
@@ -97,7 +102,12 @@ class HostCopy:
     def __deepcopy__(self, memo: dict[int, object]) -> "HostCopy":
         self.wait()
         copied = HostCopy()
-        copied.lost, copied.to_host, copied.from_host, copied._tokens = self.lost, self.to_host, self.from_host, self._tokens
+        copied.lost, copied.to_host, copied.from_host, copied._tokens = (
+            self.lost,
+            self.to_host,
+            self.from_host,
+            self._tokens,
+        )
         copied._buffers = {side: _pinned_like(buffer, buffer.clone()) for side, buffer in self._buffers.items()}
         return copied
 

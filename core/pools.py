@@ -1,9 +1,9 @@
 """Pools of packed rows: tokens of one side of one layer, each in the pool of its width.
 
 An *owner* is what tokens are told apart by: a batch row, or a head of one. A pool lays the rows of its width out owner
-by owner, oldest first, in blocks of `ROWS` that belong to one owner each. So `widths` alone says where every token lies,
-and a pool holds at most `ROWS - 1` empty rows per owner, however often tokens move. They move all at once, in
-`rebuild`; in between nothing is written.
+by owner, oldest first, in blocks of `ROWS` that belong to one owner each. So `widths` alone says where every token
+lies, and a pool holds at most `ROWS - 1` empty rows per owner, however often tokens move. They move all at once, in
+`rebuilt`; in between nothing is written.
 """
 
 from collections.abc import Callable, Iterator

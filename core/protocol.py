@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..kernels import quantize
-from ..kernels.format import Format, LayerFormat, Side
+from ..kernels.format import Format, LayerFormat, MixedFormat, Side
 from ..kernels.quantize import NO_TABLES, Tables
 
 if TYPE_CHECKING:
@@ -66,8 +66,10 @@ class CacheQuantizer(Protocol):
         """The options of `PackedCache` that suit the strategy, such as `{"sink_tokens": 1}`; callers may override."""
         ...
 
-    def formats(self, layer: LayerSpec) -> LayerFormat | None:
+    def formats(self, layer: LayerSpec) -> LayerFormat | MixedFormat | None:
         """How this layer's keys and values are packed; None keeps the layer exact.
+
+        A MixedFormat is for strategies that derive from `core.AdaptiveStrategy`.
 
         Raises ValueError, saying what would fit, when the layer's shape cannot be served.
         """
@@ -117,7 +119,7 @@ class Strategy(BaseModel):
         """See `CacheQuantizer.cache_options`; the cache's own by default."""
         return {}
 
-    def formats(self, layer: LayerSpec) -> LayerFormat | None:
+    def formats(self, layer: LayerSpec) -> LayerFormat | MixedFormat | None:
         """See `CacheQuantizer.formats`."""
         raise NotImplementedError(f"strategy {self.name!r} must define formats(layer)")
 

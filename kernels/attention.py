@@ -39,7 +39,7 @@ def finish(partial: Partial, sink: Tensor | None = None) -> Tensor:
 
     sink: logits `[kv_heads, R]` of a learned attention sink (gpt-oss), which takes weight and adds no value.
     """
-    mix, maximum, total = partial if sink is None else with_sink(partial, sink)
+    mix, _, total = partial if sink is None else with_sink(partial, sink)
     return mix / total.masked_fill(total == 0, 1)
 
 

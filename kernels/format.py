@@ -18,6 +18,9 @@ Width = Literal[0, 2, 3, 4, 8, 16]
 
 DEFAULT_BLOCK = 128
 
+MOST_TRIMMED = 64
+"""Numbers at either end of a range that may be left to outlier slots."""
+
 
 class Format(BaseModel):
     """How the keys or the values of one layer are packed.
@@ -48,11 +51,13 @@ class Format(BaseModel):
         description="Where 2**bits affine levels lie in an online range: from end to end; in the middle of equal "
         "cells, so that fewer bits are a shift of more; or as many equal steps around the mean.",
     )
-    outliers: int = Field(default=0, ge=0, le=128, description="Exact corrections (index, value) per packed row.")
+    outliers: int = Field(
+        default=0, ge=0, le=2 * MOST_TRIMMED, description="Exact corrections (index, value) per packed row."
+    )
     trim: int = Field(
         default=0,
         ge=0,
-        le=64,
+        le=MOST_TRIMMED,
         description="Largest and smallest numbers, each, that an online range may leave to outlier slots.",
     )
     rotation: Literal["none", "hadamard"] = Field(default="none", description="Orthogonal basis change along head_dim.")
@@ -193,10 +198,10 @@ class MixedFormat(BaseModel):
     def _rows_stand_for_themselves(self) -> "MixedFormat":
         for fmt in (*self.key, *self.value):
             whole = fmt.codes == "affine" and fmt.scale == "token" and fmt.group is None and fmt.rotation == "none"
-            if fmt.rope == "pre" or not (whole or fmt.codes == "exact"):
+            if fmt.rope == "pre" or fmt.symmetric or not (whole or fmt.codes == "exact"):
                 raise ValueError(
-                    "rows of mixed widths are exact, or affine with one scale per token, unrotated and after RoPE; "
-                    f"got {fmt!r}"
+                    "rows of mixed widths are exact, or affine with one scale and zero per token, unrotated and after "
+                    f"RoPE; got {fmt!r}"
                 )
         for name, formats in (("key", self.key), ("value", self.value)):
             widths = [row_bits(fmt) for fmt in formats]
@@ -213,6 +218,11 @@ class MixedFormat(BaseModel):
                     raise ValueError(
                         f"{name}: {fmt.outliers} outlier slots and a trim of {fmt.trim} do not fit a row of "
                         f"{dim * heads} numbers; use fewer"
+                    )
+                if fmt.outliers and dim * heads > 2**15:
+                    raise ValueError(
+                        f"{name}: 16 bits do not say where in a row of {dim * heads} numbers an outlier is; use "
+                        "heads='apart', or no outliers"
                     )
 
 

@@ -85,8 +85,11 @@ def encode(
 
 
 def _tails(rows: Tensor, count: int) -> Tensor:
-    """Where the `count` smallest and the `count` largest numbers of each row are: `[..., 2 * count]`."""
-    return torch.cat([rows.topk(count, dim=-1, largest=largest).indices for largest in (False, True)], dim=-1)
+    """Where the `count` smallest and the `count` largest numbers of each row are, none twice: `[..., 2 * count]`."""
+    low = rows.topk(count, dim=-1, largest=False).indices
+    # where most numbers are equal, one would be among the largest too
+    high = rows.scatter(-1, low, -torch.inf).topk(count, dim=-1).indices
+    return torch.cat([low, high], dim=-1)
 
 
 def _costs(residual: Tensor, side: Side, tables: Tables) -> Tensor:

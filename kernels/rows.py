@@ -26,8 +26,9 @@ def encode_rows(states: Tensor, fmt: Format) -> dict[str, Tensor]:
         dtype = half_dtype(states.dtype)
         limit = torch.finfo(dtype).max
         return {"exact": states.clamp(-limit, limit).to(dtype)}
-    packed = quantize.encode(states[None, None], fmt, "key", len(states))
-    rows = {name: tensor[0, 0, 0] for name, tensor in packed.items()}
+    # blocks of one token: there may be none
+    packed = quantize.encode(states[None, None], fmt, "key", 1)
+    rows = {name: tensor[0, 0, :, 0] for name, tensor in packed.items()}
     return {**rows, "scales": rows["scales"][:, 0]}
 
 
@@ -103,7 +104,7 @@ def row_scores(query: Tensor, rows: Mapping[str, Tensor], fmt: Format) -> Tensor
 
 
 def row_mix(weights: Tensor, rows: Mapping[str, Tensor], fmt: Format, dim: int) -> Tensor:
-    """Sums `[blocks, heads, R, dim]` of rows of `heads * dim` numbers, weighted by `weights [blocks, heads, R, rows]`."""
+    """Sums `[blocks, heads, R, dim]` of rows of `heads * dim` numbers, by `weights [blocks, heads, R, rows]`."""
     heads = weights.shape[1]
     levels, scale, zero = _levels(rows, fmt, heads * dim, weights.dtype)
     levels = levels.unflatten(-1, (heads, dim)).transpose(1, 2)

@@ -13,7 +13,7 @@ import pluggy
 from ..core import CacheQuantizer, Strategy
 from . import hookspecs
 
-BUILTIN = ("none", "uniform", "kvquant", "qnorm")
+BUILTIN = ("none", "uniform", "kvquant", "qnorm", "qaq", "h2o", "scissorhands")
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _METHODS = [name for name, value in vars(CacheQuantizer).items() if callable(value) and not name.startswith("_")]

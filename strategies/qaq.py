@@ -12,13 +12,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..core import AdaptiveStrategy, Evidence, Format, LayerSpec, MixedFormat, Side, Width, round_up
+from ..core import AdaptiveStrategy, Bits, Evidence, Format, LayerSpec, MixedFormat, Side, Width, round_up
 from ..core.calibration import CalibratedStrategy, Calibration, Recipe
+from ..kernels.format import MOST_TRIMMED
 from ..registry.hookspecs import hookimpl
 
 Profile = Literal["paper", "repository"]
 
-PACKED_WIDTHS = (2, 3, 4, 8)
+PACKED_WIDTHS: tuple[Bits, ...] = (2, 3, 4, 8)
 QUERY_QUANTILE = 0.9
 """The bound on keys is to hold for nine queries of ten (paper, section 3.2)."""
 REPOSITORY_QUERY_NORM = 300.0
@@ -29,10 +30,10 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
 
     name: ClassVar[str] = "qaq"
     variants: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"sigma_key": 0.0005},
         {},
+        {"sigma_key": 0.008},
         {"host_copy": False},
-        {"min_bits": 3},
-        {"profile": "repository"},
     )
 
     alpha: float = Field(default=0.01, ge=0, le=0.25, description="Share of numbers kept exact, half at either end.")
@@ -97,8 +98,9 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
         return False
 
     def recipe(self) -> Recipe:
-        """Query norms."""
-        return Recipe(query_norm=QUERY_QUANTILE)
+        """Query norms, unless they are given."""
+        given = self.query_norm is not None or self.profile == "repository"
+        return Recipe() if given else Recipe(query_norm=QUERY_QUANTILE)
 
     @property
     def attention_window(self) -> int:
@@ -124,7 +126,7 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
         """Query norms and the values' root mean square, `[batch, heads]`."""
         value = states["value"].float()
         numbers = real.sum(-1).clamp(min=1) * layer.value_dim
-        square = (value.square().sum(-1) * real[:, None]).sum(-1) / numbers[:, None]
+        square = value.square().sum(-1).where(real[:, None], 0).sum(-1) / numbers[:, None]
         norm = self._query_norm(layer, query)
         if self.granularity != "head":
             square, norm = square.mean(1, keepdim=True), norm.amax(1, keepdim=True)
@@ -143,9 +145,7 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
             low={side: _over([each.low[side] for each in evidence], torch.amin) for side in first.low},
             high={side: _over([each.high[side] for each in evidence], torch.amax) for side in first.high},
             widths=first.widths,
-            measured={
-                name: _over([each.measured[name] for each in evidence], torch.amax) for name in first.measured
-            },
+            measured={name: _over([each.measured[name] for each in evidence], torch.amax) for name in first.measured},
         )
 
     def widths(self, layer: LayerSpec, evidence: Evidence) -> dict[Side, Tensor]:
@@ -171,25 +171,34 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
 
     def _rows(self, numbers: int) -> tuple[Format, ...]:
         trim = math.ceil(self.alpha / 2 * numbers - 1e-9)
+        if trim > MOST_TRIMMED:
+            most = math.floor(2e5 * MOST_TRIMMED / numbers) / 1e5
+            raise ValueError(
+                f"alpha={self.alpha} keeps {trim} numbers exact at either end of a row of {numbers}, more than there "
+                f"are slots for ({MOST_TRIMMED}); use alpha <= {most:g}"
+                + ("" if self.granularity == "head" else " or granularity='head'")
+            )
         grid = "midpoint" if self.profile == "paper" else "mean"
-        return tuple(
-            Format(codes="exact") if width == 16 else Format(bits=width, grid=grid, trim=trim, outliers=2 * trim)
-            for width in self._widths()
-            if width
-        )
+        widths = self._widths()
+        packed = [
+            Format(bits=bits, grid=grid, trim=trim, outliers=2 * trim) for bits in PACKED_WIDTHS if bits in widths
+        ]
+        return (*packed, *([Format(codes="exact")] if 16 in widths else []))
 
     def _query_norm(self, layer: LayerSpec, query: Tensor) -> Tensor:
         """`[batch, kv_heads]`."""
         shape = query.shape[:2]
         if self.query_norm is not None:
             return query.new_full(shape, self.query_norm, dtype=torch.float32)
+        constant = query.new_full(shape, REPOSITORY_QUERY_NORM, dtype=torch.float32)
+        if self.profile == "repository":
+            return constant
         if isinstance(self.calibration, Calibration):
             norm = self.calibration.of(layer.index, "key").query_norm
             if norm is None:
                 raise ValueError("the calibration holds no query norms; calibrate again, for this strategy")
             return norm.to(query.device).expand(shape)
-        constant = query.new_full(shape, REPOSITORY_QUERY_NORM, dtype=torch.float32)
-        if self.profile == "repository" or not query.shape[3]:
+        if not query.shape[3]:
             return constant
         squares = query.float().square().sum(-1).flatten(2)
         return squares.nanquantile(QUERY_QUANTILE, dim=-1).where(squares.isfinite().any(-1), constant)

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor
 
 from .. import registry
-from ..core import CacheQuantizer, Format, LayerFormat, LayerSpec, Side, Strategy, Tables
+from ..core import CacheQuantizer, Format, LayerFormat, LayerSpec, MixedFormat, Side, Strategy, Tables
 from ..core.calibration import CalibratedStrategy, Recipe, Statistics, normalised_tables
 from ..registry.hookspecs import hookimpl
 
@@ -70,6 +70,10 @@ class QNorm(CalibratedStrategy):
     def formats(self, layer: LayerSpec) -> LayerFormat | None:
         """Those of the base, whose codes have to stand for levels on a grid."""
         formats = self._base().formats(layer)
+        if isinstance(formats, MixedFormat):
+            raise ValueError(
+                f"Q-Norm moves the levels of a width; tokens of {registry.spec(self.base)!r} have widths of their own"
+            )
         for fmt in () if formats is None else (formats.key, formats.value):
             if fmt.codes == "custom":
                 raise ValueError(
@@ -92,7 +96,7 @@ class QNorm(CalibratedStrategy):
         """The tables of the base, normalised."""
         if isinstance(self.base, CalibratedStrategy):
             return super().tables(layer, side, first, valid)
-        formats = self.base.formats(layer)
+        formats = self.formats(layer)
         assert formats is not None  # tables are asked for packed layers only
         tables = self.base.tables(layer, side, first, valid)
         return normalised_tables(self.statistics(layer, side, first, valid), getattr(formats, side), tables)

@@ -231,7 +231,7 @@ def test_a_finished_calibration_is_replaced_only_on_demand(folder, finished, tmp
         ("SPEC", "kvquant:calibration=/no/such/folder", "there is no calibration folder"),
         ("SPEC", "kvquant:calibration=prompt", "names a calibration already"),
         ("SPEC", "kvquant:datatype=nf,key_scale=channel", "is fitted to nothing; use it as it is"),
-        ("SPEC", "uniform", "needs no calibration; use it as it is. These can be calibrated: kvquant, qnorm"),
+        ("SPEC", "uniform", "needs no calibration; use it as it is. These can be calibrated: kvquant, qaq, qnorm"),
         ("--model", "/no/such/model", "there is no folder '/no/such/model'"),
         ("--text", "{folder}/absent.txt", "No such file"),
         ("--text", "{folder}/latin.txt", "as UTF-8"),

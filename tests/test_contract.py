@@ -18,6 +18,11 @@ OTHER_SETTINGS = (
     "kvquant:bits=2,q_norm=true,key_scale=channel,value_scale=static,block=32",
     "kvquant:bits=3,datatype=nf,key_scale=token,block=64",
     "qnorm:base=uniform,bits=2,calibration=prompt",
+    "qaq:granularity=head,min_bits=0,max_bits=16,interval=16,alpha=0",
+    "qaq:granularity=token,shared_bits=true,interval=1",
+    "qaq:profile=repository,window=40",
+    "h2o:keep=1",
+    "scissorhands:recent=0,interval=8",
 )
 STRATEGIES = [strategy(**settings) for strategy in registry.strategies().values() for settings in strategy.variants]
 STRATEGIES += [registry.parse(spec) for spec in OTHER_SETTINGS]

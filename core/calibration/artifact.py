@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...kernels.format import Format, LayerFormat, Side
+from ...kernels.format import Format, LayerFormat, MixedFormat, Side
 from ..protocol import LayerSpec
 from .statistics import Statistics
 
@@ -35,6 +35,8 @@ class Recipe(BaseModel):
     """Whether static ranges cover the sinks all the same."""
     gradients: bool = False
     """Whether numbers are weighted by Fisher information, which takes a backward pass."""
+    query_norm: float | None = Field(default=None, ge=0, le=1)
+    """Which quantile of the squared norms of scaled queries is measured, 0.9 for that of nine in ten; None: none is."""
 
 
 class Evidence(BaseModel):
@@ -108,7 +110,9 @@ class Calibration:
     @cached_property
     def digest(self) -> str:
         """A hash of what strategies read, wherever it is kept and whatever the evidence for it."""
-        record = self.record.model_dump_json(include={"recipe", "model", "layers"})
+        # as it was before there were query norms: saved caches name their calibration by this
+        unasked = {"recipe": {"query_norm"}} if self.record.recipe.query_norm is None else None
+        record = self.record.model_dump_json(include={"recipe", "model", "layers"}, exclude=unasked)
         return hashlib.sha256((record + self._numbers_digest()).encode()).hexdigest()[:16]
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -190,8 +194,13 @@ class Calibration:
         }
 
 
-def view(formats: LayerFormat, side: Side) -> dict[str, Any]:
-    """What of a side's format statistics depend on. Width and kind of the codes are chosen later."""
+def view(formats: LayerFormat | MixedFormat, side: Side) -> dict[str, Any]:
+    """What of a side's format statistics depend on. Width and kind of the codes are chosen later.
+
+    Nothing where every token has a width of its own: no ranges and densities are measured then.
+    """
+    if isinstance(formats, MixedFormat):
+        return {}
     fmt: Format = getattr(formats, side)
     names = {"scale", "group", "symmetric", "rotation", "rope"} | ({"trim", "outliers"} if fmt.trim else set())
     seen = fmt.model_dump(mode="json", include=names)

@@ -1,8 +1,8 @@
 """What a calibration learns of one side of one layer, gathered window by window in bounded memory.
 
-Two things: the range of every channel (for static grids), and how numbers spread over their grids (for codebooks and
-Q-Norm). The spread is a histogram, not samples: it is as long for a million tokens as for a thousand, and codebooks of
-any width and weighting come from it.
+Three things: the range of every channel (for static grids), how numbers spread over their grids (for codebooks and
+Q-Norm), and how large queries are (for strategies that bound the errors of scores). The spread is a histogram, not
+samples: it is as long for a million tokens as for a thousand, and codebooks of any width and weighting come from it.
 """
 
 import math
@@ -31,21 +31,24 @@ class Statistics:
 
     density: `[3, BINS]` float32, the mass in each bin of normalised numbers, one row per entry of `WEIGHTS`: their
         count, their Fisher information F (squared gradient of the loss), and F * s**2, s being half the width of a
-        number's grid, which turns normalised errors into those of activations (KVQuant, appendix E).
+        number's grid, which turns normalised errors into those of activations (KVQuant, appendix E); None where
+        tokens have widths of their own.
     low, high: `[kv_heads, head_dim]` float32 of float16 values, the range of each channel; None for online grids.
     sensitivity: `[kv_heads, head_dim]` float32, the root of each channel's mean Fisher information, largest 1; None
         where none was measured.
+    query_norm: `[kv_heads]` float32, keys only: the quantile that the recipe names of the squared norms of the queries
+        that read them, scaled as scores are (by `1 / sqrt(head_dim)` in most models); None where none was measured.
     """
 
-    density: Tensor
+    density: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
     sensitivity: Tensor | None = None
+    query_norm: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are set, by name."""
-        named = {"density": self.density, "low": self.low, "high": self.high, "sensitivity": self.sensitivity}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def grid(self, fmt: Format) -> Tables:
         """The static scale and zero that span the channels' ranges; none for a format with online grids."""
@@ -57,6 +60,8 @@ class Statistics:
 
     def mass(self, weights: Weights) -> Tensor:
         """`[BINS]`, one row of the density."""
+        if self.density is None:
+            raise ValueError("the calibration measured no density, which tables are fitted to: a MixedFormat has none")
         return self.density[WEIGHTS.index(weights)]
 
 
@@ -93,6 +98,33 @@ class Density:
         self.mass += torch.stack(rows).to(self.mass.device)
 
 
+class Largest:
+    """An exact quantile of each of several rows whose numbers come in parts, from the largest of them alone.
+
+    numbers: how many will be added to each row. share: what lies above the quantile.
+    """
+
+    def __init__(self, numbers: int, share: float, kept: Tensor | None = None) -> None:
+        self.numbers = numbers
+        # linear interpolation between the two numbers around the quantile, as numpy does it
+        self._place = (numbers - 1) * share
+        self.kept = kept
+        """Those of every row so far, `[..., count]`, descending."""
+
+    def add(self, rows: Tensor) -> None:
+        """Take `rows [..., n]` into account."""
+        rows = rows if self.kept is None else torch.cat([self.kept.to(rows.device), rows], -1)
+        self.kept = rows.topk(min(math.floor(self._place) + 2, self.numbers, rows.shape[-1]), -1).values
+
+    def quantile(self) -> Tensor:
+        """`[...]`, of every row."""
+        if self.kept is None:
+            raise ValueError("no tokens were added")
+        first = math.floor(self._place)
+        outer, inner = self.kept[..., first], self.kept[..., min(first + 1, self.kept.shape[-1] - 1)]
+        return torch.lerp(outer, inner, self._place - first)
+
+
 class Extremes:
     """Exact percentiles of every channel over a known number of tokens, from its largest and smallest numbers alone.
 
@@ -100,34 +132,30 @@ class Extremes:
     """
 
     def __init__(self, tokens: int, share: float, kept: tuple[Tensor, Tensor] | None = None) -> None:
-        self.tokens = tokens
-        # linear interpolation between the two numbers around the percentile, as numpy does it
-        self._place = (tokens - 1) * share / 2
-        self._count = min(tokens, math.floor(self._place) + 2)
-        self.kept = kept
+        largest, smallest = (None, None) if kept is None else kept
+        self._high = Largest(tokens, share / 2, largest)
+        self._low = Largest(tokens, share / 2, None if smallest is None else -smallest)
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor] | None:
         """Largest and smallest numbers so far, `[kv_heads, head_dim, count]` each."""
+        high, low = self._high.kept, self._low.kept
+        return None if high is None or low is None else (high, -low)
 
     def add(self, states: Tensor) -> None:
         """Take `states [batch, kv_heads, tokens, head_dim]` into account."""
         rows = states.float().permute(1, 3, 0, 2).flatten(2)
-        largest, smallest = (
-            (rows, rows) if self.kept is None else (torch.cat([k.to(rows.device), rows], -1) for k in self.kept)
-        )
-        count = min(self._count, largest.shape[-1])
-        self.kept = largest.topk(count, -1).values, smallest.topk(count, -1, largest=False).values
+        self._high.add(rows)
+        self._low.add(-rows)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """low and high `[kv_heads, head_dim]` float32, rounded to float16."""
-        if self.kept is None:
-            raise ValueError("no tokens were added")
-        first = math.floor(self._place)
-        fraction = self._place - first
-        bounds = []
-        for ordered in self.kept:
-            outer, inner = ordered[..., first], ordered[..., min(first + 1, ordered.shape[-1] - 1)]
-            bounds.append(torch.lerp(outer, inner, fraction).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float())
-        high, low = bounds
-        return low, high
+        low, high = -self._low.quantile(), self._high.quantile()
+        return _to_float16(low), _to_float16(high)
+
+
+def _to_float16(numbers: Tensor) -> Tensor:
+    return numbers.clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float()
 
 
 def q_norm(points: Tensor, mass: Tensor, levels: Tensor) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 from torch import Tensor
 
-from ...kernels.format import Format, LayerFormat, Side
+from ...kernels.format import Format, LayerFormat, MixedFormat, Side
 from ...kernels.quantize import Tables, normalise
 from ..protocol import LayerSpec, Strategy
 from .artifact import Calibration, Recipe, view
@@ -71,6 +71,11 @@ class CalibratedStrategy(Strategy):
         return True
 
     # ---- calibrating, saving, loading ------------------------------------------------------------------------------
+
+    @property
+    def learns(self) -> bool:
+        """Whether a calibration is of use: what these settings cannot do without, or query norms."""
+        return self.needs_statistics() or self.recipe().query_norm is not None
 
     @property
     def calibrated(self) -> bool:
@@ -174,6 +179,7 @@ class CalibratedStrategy(Strategy):
             return Statistics(Density().mass.float())
         if self.calibration != "prompt":
             return self._suitable(layer, side, formats)
+        assert isinstance(formats, LayerFormat)  # rows of mixed widths have no tables
         fmt: Format = getattr(formats, side)
         normalised, width = normalise(first, fmt, side, formats.block, valid)
         keep = torch.ones_like(normalised, dtype=torch.bool)
@@ -205,7 +211,7 @@ class CalibratedStrategy(Strategy):
             "Without a text, calibration='prompt' fits the first block of each prompt, knowing no gradients"
         )
 
-    def _suitable(self, layer: LayerSpec, side: Side, formats: LayerFormat) -> Statistics:
+    def _suitable(self, layer: LayerSpec, side: Side, formats: LayerFormat | MixedFormat) -> Statistics:
         """The statistics of one side; raises ValueError where they were measured for other settings."""
         calibration = self._fitted_calibration()
         record = calibration.record

@@ -1,6 +1,7 @@
 """A layer whose tokens have widths of their own: pools of packed rows, and exact tail."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ class AdaptiveLayer(PackedLayer):
         self.pools: dict[Side, RowPools] = {}
         self.history = AttentionHistory(self.strategy.attention_window)
         self.host = HostCopy() if self.strategy.host_copy else None
-        self.measured: dict[str, Tensor] = {}
+        self.measured: dict[str, Tensor] | None = None
         """What the strategy measured on the prompt, each `[batch, heads]`."""
         self._real: Tensor | None = None
         """Which of the tokens that widths were decided for are no padding, `[batch, n]`; None: all."""
@@ -98,7 +99,7 @@ class AdaptiveLayer(PackedLayer):
             self.host.truncate(length)
         self._real = None if self._real is None else self._real[:, :length].clone()
         if not length:
-            self.measured, self._query = {}, None
+            self.measured, self._query = None, None
 
     # ---- what attention reads --------------------------------------------------------------------------------------
 
@@ -121,7 +122,9 @@ class AdaptiveLayer(PackedLayer):
             mix = mix + tile.weights[..., key.start :] @ exact.to(mix.dtype)
             # the sink is in the sum already
             partial = Partial(mix, tile.maximum, tile.total)
-            outputs.append(scoring._replace(s_aux=None).finish(partial, self.kv_heads, query[:, :, tile.start : tile.stop]))
+            outputs.append(
+                scoring._replace(s_aux=None).finish(partial, self.kv_heads, query[:, :, tile.start : tile.stop])
+            )
         return torch.cat(outputs, dim=2)
 
     def observe(self, query: Tensor, key: LazyStates, scoring: Scoring) -> None:
@@ -162,7 +165,8 @@ class AdaptiveLayer(PackedLayer):
             leaving = self._leaving()
             batch, tokens = len(self._batch()), self.packed_tokens + leaving["key"].shape[2]
             real = self._realness()
-            if not self.measured:
+            attention = self.history.read(real.shape[1])
+            if self.measured is None:
                 self.measured = self._measure(leaving, real[:, self.packed_tokens : tokens])
             low, high = {}, {}
             for side in SIDES:
@@ -174,7 +178,7 @@ class AdaptiveLayer(PackedLayer):
                 seen=real.sum(-1),
                 newer=real.shape[1] - tokens,
                 real=real[:, :tokens],
-                attention=None if self.history.rows is None else self.history.rows[..., :tokens],
+                attention=None if attention is None else attention[..., :tokens],
                 low=low,
                 high=high,
                 widths={side: pools.widths.unflatten(0, (batch, -1)) for side, pools in self.pools.items()},
@@ -192,7 +196,7 @@ class AdaptiveLayer(PackedLayer):
             # everything is packed before anything is changed: what raises loses nothing
             pools = {}
             for side in SIDES:
-                read = None if exact is None else lambda owner, token, side=side: self._exact(side, owner, token)
+                read = None if exact is None else partial(self._exact, side)
                 pools[side] = self.pools[side].rebuilt(settled[side], self._rows(leaving[side]), read)
             rest = {side: tail.read()[:, :, leaving[side].shape[2] :] for side, tail in self.tails.items()}
             if self.host is not None:
@@ -218,7 +222,8 @@ class AdaptiveLayer(PackedLayer):
                 )
             if not torch.isin(given, given.new_tensor(allowed[side])).all():
                 raise ValueError(
-                    f"{self.strategy.name!r} gave {side} widths {given.unique().tolist()}, its formats have {allowed[side]}"
+                    f"{self.strategy.name!r} gave {side} widths {given.unique().tolist()}, its formats have "
+                    f"{allowed[side]}"
                 )
             settled[side] = given.expand(-1, owners, -1).clone()
         held = self.packed_tokens
@@ -228,7 +233,7 @@ class AdaptiveLayer(PackedLayer):
                 settled[side][..., :held] = torch.minimum(settled[side][..., :held], old)
         sinks = self._sinks(real)
         gone = ((settled["key"] == 0) | (settled["value"] == 0)) & ~sinks[:, None] | ~real[:, None]
-        for side, decided in settled.items():
+        for decided in settled.values():
             decided.masked_fill_(sinks[:, None], 16).masked_fill_(gone, 0)
         return {side: decided.flatten(0, 1) for side, decided in settled.items()}
 
@@ -263,7 +268,7 @@ class AdaptiveLayer(PackedLayer):
     def _tiles(self, query: Tensor, key: LazyStates, scoring: Scoring, first: int) -> Iterator["_Tile"]:
         """Attention weights of the queries from `first` on, some at a time; what the strategy wants is noticed."""
         queries, keys = query.shape[2], key.shape[2]
-        if not self.measured:
+        if self.measured is None:
             self._keep(query.detach(), keys, scoring.scaling)
         exact_key = key.rotated_exact()
         step = max(1, SCORE_NUMBERS // (query.shape[0] * query.shape[1] * keys))
@@ -273,7 +278,9 @@ class AdaptiveLayer(PackedLayer):
             view = scoring._replace(visibility=scoring.visibility.tile(start, stop))
             seen = keys - queries + stop
             lines = fold(query[:, :, start:stop], self.kv_heads, scoring.scaling)
-            scores = view.visibility.hide(view.scores(lines, exact_key[:, :, : seen - key.start], stop - start), key.start)
+            scores = view.visibility.hide(
+                view.scores(lines, exact_key[:, :, : seen - key.start], stop - start), key.start
+            )
             if key.start:
                 scores = torch.cat([self._packed_scores(lines, key.start, view, stop - start), scores], dim=-1)
             weights, maximum, total = softmax_weights(scores.flatten(2, 3))
@@ -339,9 +346,20 @@ class AdaptiveLayer(PackedLayer):
                 sizes[row] = sizes.get(row, 0) + size
         beside = super().used_bytes()
         sizes["attention history"] = self.history.held_bytes()
-        small = [*self.measured.values(), *(t for t in (self._real, self._query) if t is not None)]
-        sizes["widths"] = sizes.get("widths", 0) + sum(tensor.untyped_storage().nbytes() for tensor in small)
+        sizes["widths"] = sizes.get("widths", 0) + sum(tensor.untyped_storage().nbytes() for tensor in self._beside())
         return {**sizes, "tail": beside["tail"], "spare": beside["spare"] + spare}
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held where the model computes."""
+        rows = [] if self.history.rows is None else [self.history.rows]
+        pooled = [tensor for pools in self.pools.values() for tensor in pools.tensors()]
+        return [*super().tensors(), *pooled, *rows, *self._beside()]
+
+    def _beside(self) -> list[Tensor]:
+        return [
+            *(self.measured or {}).values(),
+            *(tensor for tensor in (self._real, self._query) if tensor is not None),
+        ]
 
     def host_bytes(self) -> dict[str, int]:
         """Bytes of the exact copies."""
@@ -354,7 +372,7 @@ class AdaptiveLayer(PackedLayer):
             return values, tensors
         for side in SIDES:
             tensors.update({f"pools.{side}.{name}": tensor for name, tensor in self.pools[side].state().items()})
-        tensors.update({f"measured.{name}": tensor for name, tensor in self.measured.items()})
+        tensors.update({f"measured.{name}": tensor for name, tensor in (self.measured or {}).items()})
         if self._real is not None:
             tensors["real"] = self._real
         if self.history.rows is not None:
@@ -372,7 +390,7 @@ class AdaptiveLayer(PackedLayer):
             return
         for side in SIDES:
             self.pools[side] = self.pools[side].restored(under(f"pools.{side}.", tensors))
-        self.measured = under("measured.", tensors)
+        self.measured = under("measured.", tensors) if self.packed_tokens else None
         self._real = tensors.get("real")
         self.history.rows, self.history.queries = tensors.get("history"), values["queries"]
         if self.host is not None:
@@ -385,7 +403,8 @@ class AdaptiveLayer(PackedLayer):
         """Ask the strategy for this layer's formats, given the shapes that really arrive."""
         super().lazy_initialization(key_states, value_states)
         owners = len(key_states) * (self.kv_heads if self._heads == 1 else 1)
-        for side, states in (("key", key_states), ("value", value_states)):
+        arrived: dict[Side, Tensor] = {"key": key_states, "value": value_states}
+        for side, states in arrived.items():
             formats = () if self.formats is None else self._with_room_for_sinks(getattr(self.formats, side))
             self.pools[side] = RowPools(formats, owners, self._heads, states.shape[3], states)
 
@@ -412,7 +431,8 @@ class AdaptiveLayer(PackedLayer):
         owners = (rows[:, None] * len(heads) + heads).flatten()
         self.pools = {side: pools.selected(owners) for side, pools in self.pools.items()}
         self.history.map(change)
-        self.measured = {name: change(tensor).clone() for name, tensor in self.measured.items()}
+        if self.measured is not None:
+            self.measured = {name: compact(change(tensor)) for name, tensor in self.measured.items()}
         self._real = None if self._real is None else change(self._real).clone()
         self._validity = None
         self._query = None if self._query is None else compact(change(self._query))

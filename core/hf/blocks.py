@@ -153,6 +153,14 @@ class BlockLayer(PackedLayer):
         sizes["spare"] = beside["spare"] + spare
         return sizes
 
+    def tensors(self) -> list[Tensor]:
+        """All that is held where the model computes."""
+        first = [] if self.sinks.first is None else [self.sinks.first]
+        stored = [tensor for store in self.stores.values() for tensor in store.tensors()]
+        fitted = [tensor for tables in self.tables.values() for tensor in tables.tensors().values()]
+        kept = [tensor for named in self._cut.values() for tensor in named.values()]
+        return [*super().tensors(), *stored, *fitted, *kept, *self.sinks.states.values(), *first]
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a file needs to restore this layer: plain values, and tensors by name."""
         values, tensors = super().state()
@@ -187,6 +195,11 @@ class BlockLayer(PackedLayer):
 
     def _ask_formats(self, spec: LayerSpec) -> None:
         formats = self.strategy.formats(spec) or EXACT
+        if not isinstance(formats, LayerFormat):
+            raise TypeError(
+                f"{self.strategy.name!r} gives tokens widths of their own, but no way to decide them; derive it from "
+                "core.AdaptiveStrategy"
+            )
         if (formats.key.rope == "pre") != self.before_rope:
             raise ValueError(
                 f"layer {self.index}: keys before RoPE are not supported for cached states of {spec.kv_heads} heads of "

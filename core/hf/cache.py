@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from ...kernels.format import LayerFormat, MixedFormat
 from ..adaptive import AdaptiveStrategy
-from ...kernels.format import MixedFormat
 from ..memory import MemoryReport, tensors_in
 from ..protocol import CacheQuantizer, LayerSpec
+from .adaptive import AdaptiveLayer, Council
 from .attach import attach, attention_modules
 from .blocks import BlockLayer
 from .compat import tokens_to_remove
 from .identity import identity
-from .adaptive import AdaptiveLayer, Council
 from .layer import CacheOptions, PackedLayer
 from .persist import load, save
 from .rope import RotaryTables
@@ -228,10 +228,9 @@ class PackedCache(Cache):
             formats = self.strategy.formats(spec)
             if isinstance(formats, MixedFormat):
                 formats.require_fitting(spec.head_dim, spec.value_dim, spec.kv_heads)
-                continue
-            if formats is not None:
+            elif formats is not None:
                 formats.require_fitting(spec.head_dim, spec.value_dim)
-            layer.before_rope = formats is not None and formats.key.rope == "pre"
+            layer.before_rope = isinstance(formats, LayerFormat) and formats.key.rope == "pre"
             if layer.before_rope and "position_embeddings" not in inspect.signature(type(module).forward).parameters:
                 raise ValueError(
                     f"{self.strategy!r} stores keys before RoPE, but {type(module).__name__} takes no "

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ...kernels.format import Side
+from ...kernels.format import MixedFormat, Side
 from ...kernels.quantize import NO_TABLES, normalise
+from ..adaptive import AdaptiveStrategy
 from ..calibration.artifact import Calibration, Evidence, LayerRecord, Record, digest_of, view
 from ..calibration.resume import Unfinished
-from ..calibration.statistics import Density, Extremes, Statistics, static_grid
+from ..calibration.statistics import Density, Extremes, Largest, Statistics, static_grid
 from .attach import detach, is_attached
 from .cache import PackedCache
 from .identity import identify
-from .layer import SIDES
+from .layer import SIDES, PackedLayer
 from .taps import TapCache, TapLayer
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def calibrate(
 ) -> Calibration:
     """Measure what `strategy` asks for on `samples` windows of `length` tokens.
 
-    One pass finds the channel ranges of static grids, if the format has any; another the densities, with Fisher
-    information by a backward pass where the recipe asks for gradients. Memory is that of the model on one window,
-    plus the statistics, which do not grow with the text except for the ranges: `recipe.outliers` of all keys.
+    One pass finds the channel ranges of static grids and query norms, as far as they are wanted; another the densities,
+    if the formats have any, with Fisher information by a backward pass where the recipe asks for gradients. Memory is
+    that of the model on one window, plus the statistics, which do not grow with the text except for ranges,
+    `recipe.outliers` of all keys, and query norms, a number per query and head for those beyond the quantile.
 
     tokenizer, texts: texts are joined by blank lines. Windows are spread evenly and do not overlap; each begins as the
         tokenizer begins a text. Or token ids `[windows, length]`, tokenizer None.
@@ -65,7 +67,8 @@ def calibrate(
     folder: where intermediate results go, so that an interrupted calibration resumes at the window where it stopped.
     report: called with `(pass, windows done, windows)`.
 
-    Raises ValueError for a text that is too short, states that are not finite, and a layer that is given no gradient.
+    Raises ValueError for a text that is too short, states that are not finite, and a layer that is given no gradient or
+    does not show its queries.
     """
     windows, rest = cut(model, tokenizer, texts, samples, length, heldout)
     strategy = strategy.with_calibration(None)
@@ -181,6 +184,7 @@ class _Gathering:
         self._ranges: dict[Place, tuple[Tensor, Tensor]] = {}
         self._densities: dict[Place, Density] = {}
         self._fisher: dict[Place, Tensor] = {}
+        self._norms: dict[Place, Largest] = {}
         self._pass, self._done = 0, 0
         self._seconds = 0.0
         """Of earlier runs that were interrupted."""
@@ -204,8 +208,8 @@ class _Gathering:
                     clean = True
                     self._unfinished.save(self._job, self._state(), self._tensors())
                     self._report(name, self._done, len(self._windows))
-                    if observe == self._observe_ranges and not self._extremes:
-                        break  # all grids are online
+                    if observe == self._observe_ranges and not self._extremes and not self._norms:
+                        break  # all grids are online, and queries of no interest
                 self._ranges.update({place: extremes.bounds() for place, extremes in self._extremes.items()})
                 self._extremes = {}
                 self._pass, self._done = number + 1, 0
@@ -217,18 +221,25 @@ class _Gathering:
             raise
         return self._statistics(), time.perf_counter() - self._start
 
-    def _passes(self) -> list[tuple[str, Observe, bool]]:
-        return [("ranges", self._observe_ranges, False), ("densities", self._observe_density, self._recipe.gradients)]
+    def _passes(self) -> Iterator[tuple[str, Observe, bool]]:
+        """Name, what observes, and whether it takes gradients; the first pass shows what is left for the second."""
+        yield "ranges" if self._recipe.query_norm is None else "query norms", self._observe_ranges, False
+        if any(any(record.views.values()) for record in self.layers.values()):
+            yield "densities", self._observe_density, self._recipe.gradients
 
     def _run_window(self, observe: Observe, gradients: bool) -> None:
         """One window through the model; `observe` sees every side that the strategy packs."""
         # cloned: what was made in inference mode cannot be kept for a backward pass
         ids = self._windows[self._done : self._done + 1].to(self._model.device).clone()
         seen: set[Place] = set()
+        squares: dict[int, list[Tensor]] = {}
 
         def tap(layer: TapLayer, side: Side, states: Tensor, gradient: Tensor | None) -> None:
-            fmt = getattr(layer.formats, side)
             seen.add((layer.index, side))
+            if isinstance(layer.formats, MixedFormat):
+                self._note(layer)
+                return
+            fmt = getattr(layer.formats, side)
             if fmt.codes == "exact":
                 return
             if not fmt.packed:
@@ -242,7 +253,13 @@ class _Gathering:
             self._note(layer)
             observe(layer, side, states, gradient)
 
-        cache = TapCache(self._model, self._strategy, tap, gradients=gradients)
+        def tap_query(layer: TapLayer, query: Tensor) -> None:
+            rows = query[..., self._recipe.sink_tokens :, :].square().sum(-1).float()
+            squares.setdefault(layer.index, []).append(rows.transpose(0, 1).flatten(1))
+
+        asked = observe == self._observe_ranges and self._recipe.query_norm is not None
+        tapped = tap_query if asked else None
+        cache = TapCache(self._model, self._strategy, tap, gradients=gradients, observe_query=tapped)
         if not cache.packed_layers:
             raise ValueError(f"{type(self._model).__name__} has no full-attention layer: nothing to calibrate")
         with torch.set_grad_enabled(gradients):
@@ -258,6 +275,28 @@ class _Gathering:
                 f"layers {missing} showed no keys{' and gradients' if gradients else ''}. With gradient checkpointing "
                 "models run without their cache: call model.gradient_checkpointing_disable()"
             )
+        if asked:
+            self._add_norms(squares)
+
+    def _add_norms(self, squares: dict[int, list[Tensor]]) -> None:
+        """Take the squared norms of one window into account, `[kv_heads, n]` in parts by layer."""
+        missing = [index for index in self.layers if index not in squares]
+        if missing:
+            raise ValueError(
+                f"layers {missing} of {type(self._model).__name__} showed no queries: their keys are used before "
+                "attention is called, as in multi-head latent attention. Use a strategy that needs no query norms"
+            )
+        for index in self.layers:
+            rows = torch.cat(squares[index], -1)
+            if not rows.isfinite().all():
+                raise ValueError(
+                    f"layer {index}: the queries are not finite in window {self._done}. The model computes in "
+                    f"{self._model.dtype}; try bfloat16 or float32, or another text"
+                )
+            if (index, "key") not in self._norms:
+                numbers = len(self._windows) * rows.shape[-1]
+                self._norms[index, "key"] = Largest(numbers, self._beyond())
+            self._norms[index, "key"].add(rows)
 
     def _observe_ranges(self, layer: TapLayer, side: Side, states: Tensor, gradient: Tensor | None) -> None:
         skipped = 0 if self._recipe.ranges_include_sinks else self._recipe.sink_tokens
@@ -284,10 +323,17 @@ class _Gathering:
         self._densities.setdefault(place, Density()).add(normalised, width, valid[:, None, :, None], fisher)
 
     def _note(self, layer: TapLayer) -> None:
-        if layer.index not in self.layers:
-            views: dict[Side, dict[str, Any]] = {
-                side: view(layer.formats, side) for side in SIDES if getattr(layer.formats, side).codes != "exact"
-            }
+        if layer.index in self.layers:
+            return
+        if isinstance(layer.formats, MixedFormat):
+            if self._recipe.query_norm is None:
+                raise ValueError(
+                    f"layer {layer.index}: of tokens that have widths of their own only query norms can be measured, "
+                    f"which the recipe of {self._strategy.name!r} does not ask for"
+                )
+            views: dict[Side, dict[str, Any]] = {"key": view(layer.formats, "key")}
+        else:
+            views = {side: view(layer.formats, side) for side in SIDES if getattr(layer.formats, side).codes != "exact"}
             block, tokens = layer.formats.block, self._windows.shape[1]
             if tokens < block:
                 raise ValueError(f"windows of {tokens} tokens are shorter than a block of {block}; use longer ones")
@@ -296,18 +342,20 @@ class _Gathering:
                     f"whole blocks of {block} in windows of {tokens} tokens are all sinks with "
                     f"sink_tokens={self._recipe.sink_tokens}; use longer windows"
                 )
-            self.layers[layer.index] = LayerRecord(shape=layer.spec, views=views)
+        self.layers[layer.index] = LayerRecord(shape=layer.spec, views=views)
 
     def _statistics(self) -> dict[int, dict[Side, Statistics]]:
         found: dict[int, dict[Side, Statistics]] = {}
-        for (index, side), density in sorted(self._densities.items()):
-            low, high = self._ranges.get((index, side), (None, None))
-            fisher = self._fisher.get((index, side))
+        for place in sorted({*self._densities, *self._norms}):
+            index, side = place
+            density, norms, fisher = self._densities.get(place), self._norms.get(place), self._fisher.get(place)
+            low, high = self._ranges.get(place, (None, None))
             found.setdefault(index, {})[side] = Statistics(
-                density.mass.float(),
+                None if density is None else density.mass.float(),
                 None if low is None else low.cpu(),
                 None if high is None else high.cpu(),
                 None if fisher is None else (fisher / fisher.max().clamp(min=1e-300)).sqrt().float(),
+                None if norms is None else norms.quantile().cpu(),
             )
         return found
 
@@ -326,10 +374,12 @@ class _Gathering:
         for kind, pairs in (
             ("extremes", {place: extremes.kept for place, extremes in self._extremes.items()}),
             ("range", self._ranges),
+            ("norms", {place: (norms.kept, torch.tensor(norms.numbers)) for place, norms in self._norms.items()}),
         ):
             for (index, side), pair in pairs.items():
-                assert pair is not None  # nothing is made before it is added to
-                named.update({f"{index}.{side}.{kind}.{number}": tensor for number, tensor in enumerate(pair)})
+                for number, tensor in enumerate(pair or ()):
+                    assert tensor is not None  # nothing is made before it is added to
+                    named[f"{index}.{side}.{kind}.{number}"] = tensor
         named.update({f"{index}.{side}.density": density.mass for (index, side), density in self._densities.items()})
         named.update({f"{index}.{side}.fisher": fisher for (index, side), fisher in self._fisher.items()})
         return named
@@ -348,12 +398,19 @@ class _Gathering:
                 pair = (tensor, tensors[f"{index}.{side}.{kind}.1"])
                 if kind == "range":
                     self._ranges[place] = pair
+                elif kind == "norms":
+                    self._norms[place] = Largest(int(pair[1]), self._beyond(), tensor)
                 else:
                     self._extremes[place] = Extremes(self._range_tokens(), self._recipe.outliers, pair)
 
     def _range_tokens(self) -> int:
         skipped = 0 if self._recipe.ranges_include_sinks else self._recipe.sink_tokens
         return len(self._windows) * (self._windows.shape[1] - skipped)
+
+    def _beyond(self) -> float:
+        """The share of query norms above the quantile."""
+        assert self._recipe.query_norm is not None  # called where it is asked for
+        return 1 - self._recipe.query_norm
 
 
 def _hash_of(strategy: "CalibratedStrategy", model: PreTrainedModel, windows: Tensor) -> str:
@@ -369,7 +426,7 @@ def _perplexities(
 ) -> dict[str, Any]:
     """What `Evidence` says of held-out windows `[n, length]`."""
     exact = quantized = 0.0
-    residual = blocks_read = 0
+    residual = packs_read = 0
     for done, row in enumerate(windows):
         report("evidence", done, len(windows))
         ids = row[None].to(model.device)
@@ -377,17 +434,22 @@ def _perplexities(
         cache = PackedCache(model, strategy)
         quantized += _loss(model, ids, cache, EVIDENCE_CHUNK)
         residual = cache.options.residual_length
-        block = max(layer.formats.block for layer in cache.packed_layers)
-        blocks_read = max(0, ids.shape[1] - EVIDENCE_CHUNK - residual) // block
+        together = max(map(_packed_together, cache.packed_layers))
+        packs_read = max(0, ids.shape[1] - EVIDENCE_CHUNK - residual) // together
     report("evidence", len(windows), len(windows))
     tokens = windows.numel() - len(windows)
     return {
         "perplexity_exact": math.exp(exact / tokens),
         # windows so short that nothing packed is read show nothing
-        "perplexity": math.exp(quantized / tokens) if blocks_read else None,
+        "perplexity": math.exp(quantized / tokens) if packs_read else None,
         "heldout_tokens": tokens,
         "residual_length": residual,
     }
+
+
+def _packed_together(layer: PackedLayer) -> int:
+    """How many tokens leave the exact tail at a time."""
+    return layer.strategy.interval if isinstance(layer.strategy, AdaptiveStrategy) else layer.formats.block
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, cache: Any, chunk: int) -> float:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from ...kernels.format import Format, LayerFormat, Side
+from ...kernels.format import Side
 from ..protocol import CacheQuantizer, LayerSpec
 from ..store import ExactTail
 from .compat import tokens_to_keep
@@ -228,6 +228,10 @@ class PackedLayer(CacheLayerMixin):
         used = sum(tail.used_bytes() for tail in self.tails.values())
         return {"tail": used, "spare": sum(tail.held_bytes() for tail in self.tails.values()) - used}
 
+    def tensors(self) -> list[Tensor]:
+        """All that is held where the model computes."""
+        return [tensor for tail in self.tails.values() for tensor in tail.tensors()]
+
     def host_bytes(self) -> dict[str, int]:
         """Bytes by kind of what is kept in host memory beside."""
         return {}
@@ -267,7 +271,7 @@ class PackedLayer(CacheLayerMixin):
         self.formats: Any = None
 
     def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
-        """Append to the tail, and pack what is old enough; returns the exact states of all that was not packed before."""
+        """Append to the tail, and pack what is old enough; returns the exact states of what was not packed before."""
         self.tails["key"].append(key_states)
         self.tails["value"].append(value_states)
         return {side: self.tails[side].read() for side in SIDES}

@@ -47,9 +47,7 @@ class Scoring(NamedTuple):
         return self.s_aux.reshape(kv_heads, -1, 1).expand(-1, -1, queries).flatten(1)
 
 
-def attend_packed(
-    layer: "BlockLayer", query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring
-) -> Tensor:
+def attend_packed(layer: "BlockLayer", query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
     """Attention of `query [batch, query_heads, queries, head_dim]` over sinks, packed blocks and the exact tokens.
 
     key, value: handles with something packed. Packed blocks are walked in chunks, so no dequantized copy of the cache

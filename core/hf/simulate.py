@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from ...kernels.attention import dense_partial, merge
 from ...kernels.format import Side
+from ..adaptive import AdaptiveStrategy
 from ..protocol import CacheQuantizer
+from .blocks import BlockLayer
 from .cache import PackedCache
 from .handles import LazyStates
-from .blocks import BlockLayer
 from .masks import key_validity
 from .segments import Scoring, fold
 
@@ -51,6 +52,11 @@ class SimulatedCache(PackedCache):
         sink_tokens: int | None = None,
         skip_layers: Iterable[int] | None = None,
     ) -> None:
+        if isinstance(strategy, AdaptiveStrategy):
+            raise ValueError(
+                f"{strategy.name!r} packs tokens again while decoding, which one forward cannot show; stream the text "
+                "through a PackedCache"
+            )
         if chunk < 1 or prefill < 0:
             raise ValueError(f"chunk={chunk} must be at least 1 and prefill={prefill} at least 0")
         if every_token:
