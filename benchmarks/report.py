@@ -80,6 +80,7 @@ def describe(board: Leaderboard) -> str:
         f"KL to the unquantized model in nats per token. {models}.",
         f"Text: {board.text.name}, sha256 {board.text.sha256[:12]}. {board.environment}.",
         *_calibrations(board),
+        *_host_copies(board),
         *board.notes,
     ]
     return "\n".join(lines)
@@ -100,6 +101,15 @@ def _calibrations(board: Leaderboard) -> list[str]:
         f"Calibrated for each model first, on {'; '.join(texts)}; {len(cards)} calibrations took "
         f"{sum(card.seconds for card in cards):.0f} s: {specs}."
     ]
+
+
+def _host_copies(board: Leaderboard) -> list[str]:
+    """One line for those that keep exact copies outside the device, which their bits do not count."""
+    sizes = {row.strategy: row.memory.host_bytes for row in board.rows if row.memory and row.memory.host_bytes}
+    if not sizes:
+        return []
+    named = ", ".join(f"{strategy} {size / 2**20:.1f} MiB" for strategy, size in sizes.items())
+    return [f"Kept in host memory beside these bits: {named}."]
 
 
 def write_json(board: Leaderboard, folder: Path) -> None:
@@ -144,11 +154,18 @@ def _bits(rows: dict[str, Row]) -> float:
 
 def _cells(rows: dict[str, Row], panels: list[str], optimal: str) -> list[str]:
     """Figures of one strategy; `optimal` formats Pareto-optimal divergences."""
-    memory = next((row.memory for row in rows.values() if row.memory), None)
-    cells = ["-"] * 3
-    if memory is not None:
-        bits = memory.bits_per_element
-        cells = [f"{bits:.2f}", f"{memory.packed_bits_per_element:.2f}", f"{16 / bits:.2f}x"]
+    held = [rows[panel].memory for panel in panels if panel in rows]
+    sizes = [
+        (
+            f"{memory.bits_per_element:.2f}",
+            f"{memory.packed_bits_per_element:.2f}",
+            f"{16 / memory.bits_per_element:.2f}x",
+        )
+        for memory in held
+        if memory is not None
+    ]
+    # one figure, or one per panel where a strategy decides by what it sees
+    cells = [" / ".join(dict.fromkeys(column)) for column in zip(*sizes, strict=True)] or ["-"] * 3
     for panel in panels:
         row = rows.get(panel)
         if row is None or row.accuracy is None:

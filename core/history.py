@@ -21,19 +21,25 @@ class AttentionHistory:
         """Tokens that there were at the newest row's query, itself included."""
 
     def add(self, rows: Tensor, queries: int) -> None:
-        """Remember rows `[batch, kv_heads, n, queries]`, the last of which is that of token `queries - 1`."""
-        held = None if self.rows is None else torch.nn.functional.pad(self.rows, (0, queries - self.rows.shape[-1]))
+        """Remember rows `[batch, kv_heads, n, queries]`, the last of which is that of token `queries - 1`.
+
+        Where a query is told again, by another layer that borrows these keys and values, the larger number counts.
+        """
+        newest = max(queries, self.queries)
+        rows = torch.nn.functional.pad(rows, (0, newest - rows.shape[-1]))
+        held = None if self.rows is None else torch.nn.functional.pad(self.rows, (0, newest - self.rows.shape[-1]))
         if self.window is None:
             rows = rows.sum(2, keepdim=True)
             rows = rows if held is None else rows + held
-        elif held is not None and queries == self.queries:
-            # another layer that borrows these keys and values
-            both = min(rows.shape[2], held.shape[2])
-            rows = torch.cat([held[:, :, :-both], torch.maximum(rows[:, :, -both:], held[:, :, -both:])], dim=2)
-        elif held is not None and queries == self.queries + rows.shape[2]:
-            rows = torch.cat([held, rows], dim=2)
+        elif held is not None and queries - rows.shape[2] <= self.queries:
+            first = min(queries - rows.shape[2], self.queries - held.shape[2])
+            rows, held = (
+                torch.nn.functional.pad(each, (0, 0, last - each.shape[2] - first, newest - last))
+                for each, last in ((rows, queries), (held, self.queries))
+            )
+            rows = torch.maximum(rows, held)
         self.rows = compact(rows if self.window is None else rows[:, :, -self.window :])
-        self.queries = queries
+        self.queries = newest
 
     def read(self, tokens: int) -> Tensor | None:
         """Rows `[batch, kv_heads, rows, tokens]`, now that there are `tokens`; None where the newest query went unseen.
@@ -51,10 +57,11 @@ class AttentionHistory:
 
     def truncate(self, tokens: int) -> None:
         """Forget the queries and keys from `tokens` on. What they added to a sum stays in it."""
-        if self.rows is None or tokens >= self.queries:
+        if tokens >= self.queries:
             return
-        kept = self.rows.shape[2] if self.window is None else self.rows.shape[2] - (self.queries - tokens)
-        self.rows = compact(self.rows[:, :, :kept, :tokens]) if kept > 0 and tokens else None
+        if self.rows is not None:
+            kept = self.rows.shape[2] if self.window is None else self.rows.shape[2] - (self.queries - tokens)
+            self.rows = compact(self.rows[:, :, :kept, :tokens]) if kept > 0 and tokens else None
         self.queries = tokens
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -85,7 +85,7 @@ class HostCopy:
 
     def restore(self, states: dict[Side, Tensor], counts: dict[str, int | bool]) -> None:
         """Hold what `state` gave, now on the model's device, and count on from `lost`, `to_host` and `from_host`."""
-        if states:
+        if states and states["key"].shape[2]:
             self.append(states)
         for name, count in counts.items():
             setattr(self, name, count)

@@ -51,26 +51,28 @@ class RowPools:
 
     def scores(self, query: Tensor) -> Tensor:
         """Dot products `[owners, heads, R, tokens]` with `query [owners, heads, R, dim]`; -inf where dropped."""
+        heads, lines = query.shape[1:3]
         parts = []
         for fmt, pool in self._filled():
-            for owner, rows in pool.chunks(self._rows_at_a_time(query.shape[2])):
-                scores = row_scores(query[owner], rows, fmt)
-                parts.append(scores.permute(0, 3, 1, 2).flatten(0, 1))
-        parts.append(query.new_full((1, *query.shape[1:3]), -torch.inf))
-        return torch.cat(parts)[self._slots()].permute(0, 2, 3, 1)
+            for owner, rows in pool.chunks(self._rows_at_a_time(lines)):
+                # [heads, R, places]: what shares a line lies together, so that tokens are picked by columns
+                parts.append(row_scores(query[owner], rows, fmt).permute(1, 2, 0, 3).flatten(2))
+        parts.append(query.new_full((heads, lines, 1), -torch.inf))
+        placed = torch.cat(parts, dim=2).flatten(0, 1).index_select(1, self._slots().flatten())
+        return placed.view(heads, lines, *self.widths.shape).permute(2, 0, 1, 3)
 
     def mix(self, weights: Tensor) -> Tensor:
         """Sums of rows `[owners, heads, R, dim]`, weighted by `weights [owners, heads, R, tokens]`."""
         heads, lines = weights.shape[1:3]
-        slots = self._slots()
-        placed = weights.new_zeros(self._capacity() + 1, heads, lines)
-        placed[slots.flatten()] = weights.permute(0, 3, 1, 2).flatten(0, 1)
+        placed = weights.new_zeros(heads * lines, self._capacity() + 1)
+        slots = self._slots().flatten().expand(len(placed), -1)
+        placed.scatter_(1, slots, weights.permute(1, 2, 0, 3).reshape(slots.shape))
         mixed = weights.new_zeros(*weights.shape[:3], self.dim)
         start = 0
         for fmt, pool in self._filled():
             for owner, rows in pool.chunks(self._rows_at_a_time(lines)):
                 stop = start + owner.numel() * next(iter(rows.values())).shape[1]
-                mine = placed[start:stop].unflatten(0, (owner.numel(), -1)).permute(0, 2, 3, 1)
+                mine = placed[:, start:stop].view(heads, lines, owner.numel(), -1).permute(2, 0, 1, 3)
                 mixed.index_add_(0, owner, row_mix(mine, rows, fmt, self.dim))
                 start = stop
         return mixed
@@ -237,11 +239,13 @@ class _Pool:
     @property
     def capacity(self) -> int:
         """Rows, empty ones included."""
-        return len(self.owner) * ROWS
+        return self.owner.shape[0] * ROWS
 
     def places(self, here: Tensor) -> Tensor:
         """Which row of the pool a token lies in, `[owners, tokens]`, where `here`; elsewhere anything."""
         rank = here.cumsum(1)
+        if self._owners == 1:
+            return rank - 1
         blocks = -(-rank[:, -1:] // ROWS)
         return rank - 1 + (blocks.cumsum(0) - blocks) * ROWS
 
@@ -263,7 +267,7 @@ class _Pool:
                 yield self.owner[:1], piece
             return
         step = max(1, count // ROWS)
-        for start in range(0, len(self.owner), step):
+        for start in range(0, self.owner.shape[0], step):
             stop = start + step
             yield self.owner[start:stop], {name: tensor[start:stop] for name, tensor in self.rows.items()}
 

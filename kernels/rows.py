@@ -123,7 +123,8 @@ def _levels(
     if fmt.codes == "exact":
         return rows["exact"].to(dtype), None, None
     levels = quantize.levels(rows["codes"], fmt, numbers, NO_TABLES, dtype)
-    scale, zero = rows["scales"].to(dtype).split(1, -1)
+    scales = rows["scales"].to(dtype)
+    scale, zero = scales[..., :1], scales[..., 1:]
     # a row without a range has code 0 throughout, whatever the scale
     scale = scale.masked_fill(scale == 0, 1)
     if fmt.outliers:

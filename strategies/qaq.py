@@ -55,7 +55,7 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
         "too; all heads of all layers.",
     )
     shared_bits: bool = Field(default=False, description="Keys and values of a token get the wider of their widths.")
-    interval: int = Field(default=64, ge=1, description="Tokens between two decisions about bits.")
+    interval: int = Field(default=128, ge=1, description="Tokens between two decisions about bits.")
     hysteresis: float = Field(default=0.25, ge=0, le=4, description="Bits beyond a width before a token changes it.")
     host_copy: bool = Field(default=True, description="Exact copies in host memory; without them bits only fall.")
     query_norm: float | None = Field(
@@ -133,7 +133,7 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
         return {"query_norm": norm, "value_size": square.sqrt()}
 
     def merge(self, evidence: Sequence[Evidence]) -> Evidence:
-        """The widest range, the most attention and the largest queries of all layers."""
+        """The widest range, the most attention, the largest queries and the smallest values of all layers."""
         first = evidence[0]
         seen = [each.attention.amax(1, keepdim=True) for each in evidence if each.attention is not None]
         return Evidence(
@@ -145,7 +145,10 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
             low={side: _over([each.low[side] for each in evidence], torch.amin) for side in first.low},
             high={side: _over([each.high[side] for each in evidence], torch.amax) for side in first.high},
             widths=first.widths,
-            measured={name: _over([each.measured[name] for each in evidence], torch.amax) for name in first.measured},
+            measured={
+                "query_norm": _over([each.measured["query_norm"] for each in evidence], torch.amax),
+                "value_size": _over([each.measured["value_size"] for each in evidence], torch.amin),
+            },
         )
 
     def widths(self, layer: LayerSpec, evidence: Evidence) -> dict[Side, Tensor]:
@@ -226,7 +229,8 @@ def key_deviation(sigma: float, query_norm: Tensor, tokens: Tensor) -> Tensor:
     query_norm: squared norm of scaled queries: the paper leaves `1 / sqrt(head_dim)` out, here it is part of them.
     tokens: how many there are. One alone has score 1 whatever its key: any deviation will do.
     """
-    tokens = tokens.double()
+    # none: the row is padding
+    tokens = tokens.double().clamp(min=1)
     factor = tokens**3 / (tokens - 1)
     return (torch.log1p(factor * sigma**2) / query_norm.double()).sqrt().float()
 

@@ -64,12 +64,13 @@ class AdaptiveLayer(PackedLayer):
         self.pools: dict[Side, RowPools] = {}
         self.history = AttentionHistory(self.strategy.attention_window)
         self.host = HostCopy() if self.strategy.host_copy else None
-        self.measured: dict[str, Tensor] | None = None
+        self.measured: dict[str, Tensor] = {}
         """What the strategy measured on the prompt, each `[batch, heads]`."""
+        self._measuring = True
+        """Whether some row has yet to be measured: none of its real tokens was packed."""
         self._real: Tensor | None = None
-        """Which of the tokens that widths were decided for are no padding, `[batch, n]`; None: all."""
-        self._validity: Tensor | None = None
-        """Which tokens the latest forward's mask had as real, `[batch, keys]`; None: all."""
+        """Which tokens are no padding, `[batch, tokens]`: as told when they were packed, since then by the latest mask
+        that tells; None: all are real."""
         self._query: Tensor | None = None
 
     # ---- length ----------------------------------------------------------------------------------------------------
@@ -88,8 +89,15 @@ class AdaptiveLayer(PackedLayer):
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, each as wide as it is."""
+        removed = self.get_seq_length() - length
         super().truncate(length)
+        if removed <= 0:
+            return
         self.history.truncate(length)
+        self._real = None if self._real is None else self._real[:, :length].clone()
+        self._query = None if self._query is None else compact(self._query[:, :, :, :-removed])
+        if not self.packed_tokens:
+            self.measured, self._measuring = {}, True
 
     def _cut_packed(self, length: int) -> None:
         self.pools = {side: pools.truncated(length) for side, pools in self.pools.items()}
@@ -97,9 +105,6 @@ class AdaptiveLayer(PackedLayer):
             tail.truncate(0)
         if self.host is not None:
             self.host.truncate(length)
-        self._real = None if self._real is None else self._real[:, :length].clone()
-        if not length:
-            self.measured, self._query = None, None
 
     # ---- what attention reads --------------------------------------------------------------------------------------
 
@@ -141,8 +146,7 @@ class AdaptiveLayer(PackedLayer):
     def dequantize(self, side: Side, packed: int) -> Tensor:
         """The first `packed` tokens of one side dense, for other attention functions; raises if some were dropped."""
         dropped = self.pools[side].widths.view(len(self._batch()), -1, self.packed_tokens)[..., :packed] == 0
-        real = dropped.new_ones(1, packed) if self._real is None else self._real[:, :packed]
-        if (dropped & real[:, None]).any():
+        if (dropped & self._realness()[:, None, :packed]).any():
             raise RuntimeError(
                 f"layer {self.index} has dropped tokens, which only the attention implementation 'cachequant' leaves "
                 "out; attach the model again, or use a strategy that drops none"
@@ -166,8 +170,8 @@ class AdaptiveLayer(PackedLayer):
             batch, tokens = len(self._batch()), self.packed_tokens + leaving["key"].shape[2]
             real = self._realness()
             attention = self.history.read(real.shape[1])
-            if self.measured is None:
-                self.measured = self._measure(leaving, real[:, self.packed_tokens : tokens])
+            if self._measuring:
+                self._measure(leaving, real)
             low, high = {}, {}
             for side in SIDES:
                 trim = max(fmt.trim for fmt in getattr(self.formats, side))
@@ -204,7 +208,8 @@ class AdaptiveLayer(PackedLayer):
             self.pools = pools
             for side, tail in self.tails.items():
                 tail.replace(rest[side])
-            self._real = None if real.all() else real.clone()
+            self._measuring = not real[:, :tokens].any(-1).all()
+            self._query = self._query if self._measuring else None
             self.history.forget(max(0, (self.strategy.attention_window or 0) - self.strategy.interval))
 
     def _settled(self, widths: dict[Side, Tensor], real: Tensor) -> dict[Side, Tensor]:
@@ -241,34 +246,34 @@ class AdaptiveLayer(PackedLayer):
         """Which tokens `[batch, n]` are the first real ones of their row."""
         return real & (real.cumsum(-1) <= self.options.sink_tokens)
 
-    def _measure(self, leaving: dict[Side, Tensor], real: Tensor) -> dict[str, Tensor]:
-        query, self._query = self._query, None
+    def _measure(self, leaving: dict[Side, Tensor], real: Tensor) -> None:
+        """Let the strategy measure the rows of which no real token is packed yet."""
+        query, held = self._query, self.packed_tokens
         if query is None:
             groups = leaving["key"]
             query = groups.new_empty(*groups.shape[:2], 1, 0, self.head_dim)
-        return self.strategy.measure(self.spec, query, leaving, real)
+        new = self.strategy.measure(self.spec, query, leaving, real[:, held : held + leaving["key"].shape[2]])
+        begun = real[:, :held].any(-1, keepdim=True)
+        self.measured = {
+            name: torch.where(begun, self.measured.get(name, number), number) for name, number in new.items()
+        }
 
     def _leaving(self) -> dict[Side, Tensor]:
         count = self.tails["key"].length - self.options.residual_length
         return {side: self.tails[side].read()[:, :, :count] for side in SIDES}
 
     def _realness(self) -> Tensor:
-        """Which tokens are real, bool `[batch, tokens]`: as told when they were packed, or by the latest mask."""
-        tokens = self.get_seq_length()
-        now = self._validity
-        real = torch.ones(len(self._batch()), tokens, dtype=torch.bool, device=self.device)
-        if now is not None:
-            real &= now.expand(len(real), -1)
+        """Which tokens are real, bool `[batch, tokens]`."""
         if self._real is not None:
-            real[:, : self._real.shape[1]] = self._real
-        return real
+            return self._real
+        return torch.ones(len(self._batch()), self.get_seq_length(), dtype=torch.bool, device=self.device)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
     def _tiles(self, query: Tensor, key: LazyStates, scoring: Scoring, first: int) -> Iterator["_Tile"]:
         """Attention weights of the queries from `first` on, some at a time; what the strategy wants is noticed."""
         queries, keys = query.shape[2], key.shape[2]
-        if self.measured is None:
+        if self._measuring:
             self._keep(query.detach(), keys, scoring.scaling)
         exact_key = key.rotated_exact()
         step = max(1, SCORE_NUMBERS // (query.shape[0] * query.shape[1] * keys))
@@ -276,10 +281,10 @@ class AdaptiveLayer(PackedLayer):
         for start in range(first, queries, step):
             stop = min(start + step, queries)
             view = scoring._replace(visibility=scoring.visibility.tile(start, stop))
-            seen = keys - queries + stop
+            visible = view.visibility.keys
             lines = fold(query[:, :, start:stop], self.kv_heads, scoring.scaling)
             scores = view.visibility.hide(
-                view.scores(lines, exact_key[:, :, : seen - key.start], stop - start), key.start
+                view.scores(lines, exact_key[:, :, : visible - key.start], stop - start), key.start
             )
             if key.start:
                 scores = torch.cat([self._packed_scores(lines, key.start, view, stop - start), scores], dim=-1)
@@ -290,7 +295,7 @@ class AdaptiveLayer(PackedLayer):
                 weights, maximum, total = with_sink(Partial(weights, maximum, total), sink)
             tile = _Tile(start, stop, weights, maximum, total)
             if stop > unnoticed:
-                self._notice(tile, max(start, unnoticed), seen)
+                self._notice(tile, max(start, unnoticed), keys - queries + stop)
             yield tile
 
     def _packed_scores(self, lines: Tensor, packed: int, scoring: Scoring, queries: int) -> Tensor:
@@ -311,9 +316,9 @@ class AdaptiveLayer(PackedLayer):
     def _notice(self, tile: "_Tile", first: int, seen: int) -> None:
         shape = (-1, tile.stop - tile.start)
         share = (tile.weights / tile.total.masked_fill(tile.total == 0, 1)).unflatten(2, shape)
-        share = share[..., first - tile.start :, :].detach()
-        if self._validity is not None:
-            real = self._validity[:, seen - share.shape[3] : seen]
+        share = share[..., first - tile.start :, :seen].detach()
+        if self._real is not None:
+            real = self._real[:, seen - share.shape[3] : seen]
             share = share * real[:, None, None, :, None]
         with torch.inference_mode(False), torch.no_grad():
             self.history.add(self.strategy.notice(share), seen)
@@ -323,8 +328,8 @@ class AdaptiveLayer(PackedLayer):
         with torch.inference_mode(False), torch.no_grad():
             query = query[:, :, -MEASURED_QUERIES:]
             rows = fold(query, self.kv_heads, scaling).unflatten(2, (-1, query.shape[2]))
-            if self._validity is not None:
-                padding = ~self._validity[:, keys - rows.shape[3] : keys]
+            if self._real is not None:
+                padding = ~self._real[:, keys - rows.shape[3] : keys]
                 rows = rows.masked_fill(padding[:, None, None, :, None], torch.nan)
             if self._query is not None:
                 rows = torch.cat([self._query, rows], dim=3)
@@ -357,7 +362,7 @@ class AdaptiveLayer(PackedLayer):
 
     def _beside(self) -> list[Tensor]:
         return [
-            *(self.measured or {}).values(),
+            *self.measured.values(),
             *(tensor for tensor in (self._real, self._query) if tensor is not None),
         ]
 
@@ -372,12 +377,10 @@ class AdaptiveLayer(PackedLayer):
             return values, tensors
         for side in SIDES:
             tensors.update({f"pools.{side}.{name}": tensor for name, tensor in self.pools[side].state().items()})
-        tensors.update({f"measured.{name}": tensor for name, tensor in (self.measured or {}).items()})
-        if self._real is not None:
-            tensors["real"] = self._real
-        if self.history.rows is not None:
-            tensors["history"] = self.history.rows
-        values["queries"] = self.history.queries
+        tensors.update({f"measured.{name}": tensor for name, tensor in self.measured.items()})
+        beside = {"real": self._real, "query": self._query, "history": self.history.rows}
+        tensors.update({name: tensor for name, tensor in beside.items() if tensor is not None})
+        values.update(queries=self.history.queries, measuring=self._measuring)
         if self.host is not None:
             tensors.update({f"host.{side}": states for side, states in self.host.state().items()})
             values["host"] = {name: getattr(self.host, name) for name in ("lost", "to_host", "from_host")}
@@ -390,8 +393,9 @@ class AdaptiveLayer(PackedLayer):
             return
         for side in SIDES:
             self.pools[side] = self.pools[side].restored(under(f"pools.{side}.", tensors))
-        self.measured = under("measured.", tensors) if self.packed_tokens else None
-        self._real = tensors.get("real")
+        self.measured = under("measured.", tensors)
+        self._measuring = values["measuring"]
+        self._real, self._query = tensors.get("real"), tensors.get("query")
         self.history.rows, self.history.queries = tensors.get("history"), values["queries"]
         if self.host is not None:
             copies: dict[Side, Tensor] = {side: tensors[f"host.{side}"] for side in SIDES if f"host.{side}" in tensors}
@@ -421,8 +425,21 @@ class AdaptiveLayer(PackedLayer):
         return formats if exact else (*formats, SIXTEEN_BITS)
 
     def _store(self, key_states: Tensor, value_states: Tensor) -> dict[Side, Tensor]:
-        self._validity = key_validity(self._mask)
-        return super()._store(key_states, value_states)
+        states = super()._store(key_states, value_states)
+        self._real = self._told(self.get_seq_length() - key_states.shape[2])
+        return states
+
+    def _told(self, before: int) -> Tensor | None:
+        """Which tokens are real, now that there are more than `before`."""
+        told = key_validity(self._mask)
+        if told is None and self._real is None:
+            return None
+        # a mask that hides is not always one that tells
+        known = before if told is None and self._mask is not None else self.packed_tokens
+        shape = (len(self._batch()), self.get_seq_length())
+        real = torch.ones(shape, dtype=torch.bool, device=self.device) if told is None else told.expand(shape).clone()
+        real[:, :known] = True if self._real is None else self._real[:, :known]
+        return real
 
     def _map_packed(self, change: Callable[[Tensor], Tensor]) -> None:
         batch = next(iter(self.pools.values())).widths.shape[0] // (self.kv_heads if self._heads == 1 else 1)
@@ -431,10 +448,8 @@ class AdaptiveLayer(PackedLayer):
         owners = (rows[:, None] * len(heads) + heads).flatten()
         self.pools = {side: pools.selected(owners) for side, pools in self.pools.items()}
         self.history.map(change)
-        if self.measured is not None:
-            self.measured = {name: compact(change(tensor)) for name, tensor in self.measured.items()}
+        self.measured = {name: compact(change(tensor)) for name, tensor in self.measured.items()}
         self._real = None if self._real is None else change(self._real).clone()
-        self._validity = None
         self._query = None if self._query is None else compact(change(self._query))
         if self.host is not None:
             self.host.map(change)
@@ -464,7 +479,7 @@ class AdaptiveLayer(PackedLayer):
 class _Tile(NamedTuple):
     """Attention of the queries `[start, stop)` of a forward.
 
-    weights: `[batch, kv_heads, R, keys that the last of them may see]`, to be divided by `total [..., 1]`.
+    weights: `[batch, kv_heads, R, keys that any of them may see]`, to be divided by `total [..., 1]`.
     """
 
     start: int

@@ -152,6 +152,11 @@ class PackedCache(Cache):
             rows={**rows, **host_rows},
         )
 
+    def transferred_bytes(self) -> dict[str, int]:
+        """Bytes copied `to_host` and `from_host` since the cache was filled, by strategies that keep exact copies."""
+        copies = [layer.host for layer in self.layers if isinstance(layer, AdaptiveLayer) and layer.host is not None]
+        return {name: sum(getattr(copy, name) for copy in copies) for name in ("to_host", "from_host")}
+
     # ---- changes of batch and length reach the rotary tables too ---------------------------------------------------
 
     def truncate(self, length: int) -> None:

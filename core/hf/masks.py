@@ -70,7 +70,8 @@ class Visibility:
                 f"an attention mask of {mask.ndim} dimensions and {mask.dtype} is ambiguous; "
                 "pass bool (False hides) or, with 4 dimensions, floats to be added"
             )
-        self._mask, self._queries, self._keys, self._device = mask, queries, keys, device
+        self.keys = keys
+        self._mask, self._queries, self._device = mask, queries, device
 
     def hide(self, scores: Tensor, start: int) -> Tensor:
         """Mask `scores [batch, kv_heads, query_heads_per_kv_head, queries, n]` of the keys from `start` on."""
@@ -79,7 +80,7 @@ class Visibility:
             return _apply(scores, self._mask[..., start:stop])
         if self._mask is not None:
             scores = scores.masked_fill(~self._mask[:, None, None, None, start:stop], -torch.inf)
-        if self._queries > 1 and stop - 1 > self._keys - self._queries:
+        if self._queries > 1 and stop - 1 > self.keys - self._queries:
             scores = scores.masked_fill(torch.arange(start, stop, device=self._device) > self._last_seen(), -torch.inf)
         return scores
 
@@ -95,10 +96,13 @@ class Visibility:
         return scores.masked_fill(hidden, -torch.inf)
 
     def tile(self, start: int, stop: int) -> "Visibility":
-        """The same for queries `[start, stop)` of these, and keys as far as the last of them is aligned to."""
-        mask, keys = self._mask, self._keys - self._queries + stop
-        if mask is not None:
-            mask = mask[..., start:stop, :keys] if mask.ndim == 4 else mask[:, :keys]
+        """The same for queries `[start, stop)` of these, and `keys` as far as any of them may see."""
+        mask, keys = self._mask, self.keys - self._queries + stop
+        if mask is not None and mask.ndim == 4:
+            # who sees whom is the mask's alone to say
+            mask, keys = mask[..., start:stop, :], self.keys
+        elif mask is not None:
+            mask = mask[:, :keys]
         return Visibility(mask, stop - start, keys, self._device)
 
     def dense(self, batch: int) -> Tensor | None:
@@ -106,15 +110,15 @@ class Visibility:
         if self._mask is not None and self._mask.ndim == 4:
             return self._mask
         causal = None
-        if self._queries > 1 and (self._mask is not None or self._queries != self._keys):
-            causal = torch.arange(self._keys, device=self._device) <= self._last_seen()
+        if self._queries > 1 and (self._mask is not None or self._queries != self.keys):
+            causal = torch.arange(self.keys, device=self._device) <= self._last_seen()
         if self._mask is None:
             return causal
         padding = self._mask[:, None, None]
         return (padding if causal is None else padding & causal).expand(batch, 1, self._queries, -1)
 
     def _last_seen(self) -> Tensor:
-        return torch.arange(self._keys - self._queries, self._keys, device=self._device)[:, None]
+        return torch.arange(self.keys - self._queries, self.keys, device=self._device)[:, None]
 
 
 def _apply(scores: Tensor, mask: Tensor) -> Tensor:
