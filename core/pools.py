@@ -143,6 +143,8 @@ class RowPools:
         """Pools whose owner `i` is the owner `owners[i]` of these."""
         return self._chosen(self.widths[owners], owners)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _chosen(self, widths: Tensor, owners: Tensor | None) -> "RowPools":
         chosen = RowPools(tuple(self.formats.values()), len(widths), self.heads, self.dim, self._like())
         chosen.widths = widths.clone()

@@ -37,18 +37,12 @@ def unpack(words: Tensor, bits: int, length: int, by_nibble: bool = False, dtype
     """Codes `[..., length]` of int32 words `[..., W]`, written as `dtype`."""
     if bits == 3:
         return _unpack3(words, dtype)[..., :length]
-    planes, mask = 16 // bits, (1 << bits) - 1
     if bits == 4 and by_nibble:
-        pairs = _split_pairs(words)
-        codes = torch.empty(*pairs.shape[:-1], 2, pairs.shape[-1], dtype=dtype, device=words.device)
-        for plane in range(2):
-            codes[..., plane, :] = (pairs >> (4 * plane)) & mask
-        return codes.flatten(-3)[..., :length]
+        codes = _planes(_split_pairs(words), torch.arange(0, 8, 4, device=words.device), 15)
+        return codes.movedim(0, -2).to(dtype, memory_format=torch.contiguous_format).flatten(-3)[..., :length]
     halves = _contiguous(words).view(torch.int16)
-    codes = torch.empty(*words.shape[:-1], planes, halves.shape[-1], dtype=dtype, device=words.device)
-    for plane in range(planes):
-        codes[..., plane, :] = (halves >> (plane * bits)) & mask
-    return codes.flatten(-2)[..., :length]
+    codes = _planes(halves, torch.arange(0, 16, bits, device=words.device), (1 << bits) - 1)
+    return codes.movedim(0, -2).to(dtype, memory_format=torch.contiguous_format).flatten(-2)[..., :length]
 
 
 def _pack3(codes: Tensor) -> Tensor:
@@ -73,12 +67,18 @@ def _unpack3(words: Tensor, dtype: torch.dtype) -> Tensor:
     high = _split_pairs(words[..., count:]).view(torch.int16)
     # what a shift by two carries from one byte into the next is never read
     high = torch.stack([high, high >> 2], dim=-1).flatten(-2).view(torch.uint8)
-    codes = torch.empty(*words.shape[:-1], 2, 2, 2, 2 * count, dtype=dtype, device=words.device)
-    for k in range(2):
-        for plane in range(2):
-            code = ((low >> (4 * plane + 2 * k)) & 3) | (((high >> (4 * plane + k)) & 1) << 2)
-            codes[..., k, :, plane, :] = code
-    return codes.flatten(-4)
+    two = torch.arange(2, device=words.device)
+    plane, k = 4 * two, two[:, None]
+    codes = _planes(low, (plane + 2 * k).flatten(), 3) | _planes(high, (plane + k).flatten(), 1) << 2
+    # [k, plane, ..., pair, byte] to [..., k, pair, plane, byte]
+    codes = codes.unflatten(0, (2, 2)).movedim((0, 1), (-4, -2))
+    return codes.to(dtype, memory_format=torch.contiguous_format).flatten(-4)
+
+
+def _planes(packed: Tensor, shifts: Tensor, mask: int) -> Tensor:
+    """What `packed [...]` holds at each of `shifts [n]`, `[n, ...]`: all planes by three operations on whole tensors."""
+    shifts = shifts.to(packed.dtype).view(-1, *[1] * packed.ndim)
+    return (packed >> shifts).bitwise_and_(mask)
 
 
 def _split_pairs(words: Tensor) -> Tensor:

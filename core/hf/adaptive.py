@@ -217,6 +217,9 @@ class AdaptiveLayer(PackedLayer):
         settled: dict[Side, Tensor] = {}
         allowed = {side: [*self.pools[side].formats, *([0] if self.formats.drops else [])] for side in SIDES}
         owners = self.kv_heads if self._heads == 1 else 1
+        if not isinstance(widths, dict) or widths.keys() != set(SIDES):
+            given = list(widths) if isinstance(widths, dict) else type(widths).__name__
+            raise ValueError(f"{self.strategy.name!r} gave widths as {given}, expected a dict of 'key' and 'value'")
         for side in SIDES:
             given = widths[side]
             shape = (real.shape[0], given.shape[1] if given.ndim == 3 else -1, real.shape[1])
@@ -302,6 +305,9 @@ class AdaptiveLayer(PackedLayer):
         pools = self.pools["key"]
         scores = self._apart(pools.scores(self._owned(lines)))[..., :packed]
         scores = scoring.visibility.hide(scoring.cap(scores.unflatten(2, (-1, queries))), 0)
+        if scoring.softcap is None:
+            return scores
+        # which the cap has made finite
         dropped = pools.widths.unflatten(0, (len(lines), -1))[:, :, None, None, :packed] == 0
         return scores.masked_fill(dropped, -torch.inf)
 
