@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Qua
 from transformers.utils.import_utils import is_optimum_quanto_available
 
 from .. import registry
-from ..core import LayerSpec, PackedCache, attach
+from ..core import LayerSpec, MixedFormat, PackedCache, attach
 from .environment import Environment, Precision
 
 BASELINE = "DynamicCache"
@@ -150,7 +150,7 @@ def contenders(model: Any, specs: Sequence[str]) -> list[Contender]:
     attach(shared)
     for spec in specs:
         strategy = registry.parse(spec)
-        _require_keys_after_rope(strategy, model.config)
+        _require_fillable(strategy, model.config)
         found.append(Contender(f"PackedCache {registry.spec(strategy)}", shared, _packed(shared, strategy)))
     return found
 
@@ -313,9 +313,14 @@ def _quanto(model: Any) -> QuantizedCache:
     return QuantizedCache("quanto", model.config, nbits=4, residual_length=RESIDUAL_LENGTH)
 
 
-def _require_keys_after_rope(strategy: Any, config: Any) -> None:
+def _require_fillable(strategy: Any, config: Any) -> None:
     heads, dim = config.num_key_value_heads, config.head_dim
     formats = strategy.formats(LayerSpec(0, config.num_hidden_layers, heads, dim, dim))
+    if isinstance(formats, MixedFormat):
+        raise ValueError(
+            f"{registry.spec(strategy)!r} decides widths by attention, which only forward passes show; time it with "
+            "python -m cachequant.benchmarks.adaptive_cost"
+        )
     if formats is not None and formats.key.rope == "pre":
         raise ValueError(
             f"{registry.spec(strategy)!r} stores keys before RoPE, which only forward passes can fill a cache with; "

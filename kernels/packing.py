@@ -76,7 +76,7 @@ def _unpack3(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _planes(packed: Tensor, shifts: Tensor, mask: int) -> Tensor:
-    """What `packed [...]` holds at each of `shifts [n]`, `[n, ...]`: all planes by three operations on whole tensors."""
+    """What `packed [...]` holds at each of `shifts [n]`: `[n, ...]`, by three operations on whole tensors."""
     shifts = shifts.to(packed.dtype).view(-1, *[1] * packed.ndim)
     return (packed >> shifts).bitwise_and_(mask)
 

@@ -97,7 +97,8 @@ def test_data_patterns_find_the_type_marker_the_papers_tables_and_the_reference_
         for path in ROOT.joinpath(*package.split(".")[1:]).glob(glob)
     }
     model = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks" / "reference_model").iterdir()}
-    assert found == {"py.typed", "benchmarks/papers/kvquant.json"} | model
+    papers = {f"benchmarks/papers/{name}.json" for name in ("kvquant", "qaq")}
+    assert found == {"py.typed"} | papers | model
 
 
 def test_installed_files_are_the_package_and_nothing_else():
