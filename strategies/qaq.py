@@ -267,7 +267,7 @@ def pad_rows(attention: Tensor, rows: int) -> Tensor:
 
 def _over(tensors: Sequence[Tensor], reduce: Any) -> Tensor:
     """One head from the heads of all layers."""
-    return reduce(torch.cat(list(tensors), dim=1), dim=1, keepdim=True)
+    return reduce(torch.cat([each.to(tensors[0].device) for each in tensors], dim=1), dim=1, keepdim=True)
 
 
 @hookimpl

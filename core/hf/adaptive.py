@@ -59,6 +59,10 @@ class AdaptiveLayer(PackedLayer):
         council.append(self)
         super().__init__(*arguments)
 
+    @property
+    def _measures(self) -> bool:
+        return type(self.strategy).measure is not AdaptiveStrategy.measure
+
     def _clear(self) -> None:
         super()._clear()
         self.pools: dict[Side, RowPools] = {}
@@ -66,7 +70,7 @@ class AdaptiveLayer(PackedLayer):
         self.host = HostCopy() if self.strategy.host_copy else None
         self.measured: dict[str, Tensor] = {}
         """What the strategy measured on the prompt, each `[batch, heads]`."""
-        self._measuring = True
+        self._measuring = self._measures
         """Whether some row has yet to be measured: none of its real tokens was packed."""
         self._real: Tensor | None = None
         """Which tokens are no padding, `[batch, tokens]`: as told when they were packed, since then by the latest mask
@@ -97,7 +101,7 @@ class AdaptiveLayer(PackedLayer):
         self._real = None if self._real is None else self._real[:, :length].clone()
         self._query = None if self._query is None else compact(self._query[:, :, :, :-removed])
         if not self.packed_tokens:
-            self.measured, self._measuring = {}, True
+            self.measured, self._measuring = {}, self._measures
 
     def _cut_packed(self, length: int) -> None:
         self.pools = {side: pools.truncated(length) for side, pools in self.pools.items()}
@@ -148,8 +152,9 @@ class AdaptiveLayer(PackedLayer):
         dropped = self.pools[side].widths.view(len(self._batch()), -1, self.packed_tokens)[..., :packed] == 0
         if (dropped & self._realness()[:, None, :packed]).any():
             raise RuntimeError(
-                f"layer {self.index} has dropped tokens, which only the attention implementation 'cachequant' leaves "
-                "out; attach the model again, or use a strategy that drops none"
+                f"layer {self.index} has dropped tokens, and its {side}s are read by something else than the attention "
+                "implementation 'cachequant', which alone leaves them out. Attach the model again or, with latent "
+                "attention, use a strategy that drops none"
             )
         return self.dense(side, packed)
 
@@ -208,7 +213,7 @@ class AdaptiveLayer(PackedLayer):
             self.pools = pools
             for side, tail in self.tails.items():
                 tail.replace(rest[side])
-            self._measuring = not real[:, :tokens].any(-1).all()
+            self._measuring = self._measures and not real[:, :tokens].any(-1).all()
             self._query = self._query if self._measuring else None
             self.history.forget(max(0, (self.strategy.attention_window or 0) - self.strategy.interval))
 
@@ -221,7 +226,7 @@ class AdaptiveLayer(PackedLayer):
             given = list(widths) if isinstance(widths, dict) else type(widths).__name__
             raise ValueError(f"{self.strategy.name!r} gave widths as {given}, expected a dict of 'key' and 'value'")
         for side in SIDES:
-            given = widths[side]
+            given = widths[side].to(self.device)  # where all layers decide together, they may be on several
             shape = (real.shape[0], given.shape[1] if given.ndim == 3 else -1, real.shape[1])
             if given.dtype != torch.uint8 or given.shape != shape or shape[1] not in (1, owners):
                 raise ValueError(
@@ -356,8 +361,9 @@ class AdaptiveLayer(PackedLayer):
                 row = name if name == "widths" else f"{side} {name.partition('_')[0].replace('outlier', 'outliers')}"
                 sizes[row] = sizes.get(row, 0) + size
         beside = super().used_bytes()
-        sizes["attention history"] = self.history.held_bytes()
-        sizes["widths"] = sizes.get("widths", 0) + sum(tensor.untyped_storage().nbytes() for tensor in self._beside())
+        waiting = [] if self._query is None else [self._query]
+        sizes["attention history"] = self.history.held_bytes() + _nbytes(waiting)
+        sizes["widths"] = sizes.get("widths", 0) + _nbytes(self._beside()) - _nbytes(waiting)
         return {**sizes, "tail": beside["tail"], "spare": beside["spare"] + spare}
 
     def tensors(self) -> list[Tensor]:
@@ -480,6 +486,10 @@ class AdaptiveLayer(PackedLayer):
     def _apart(self, owned: Tensor) -> Tensor:
         """The inverse of `_owned`."""
         return owned.squeeze(1).unflatten(0, (-1, self.kv_heads)) if self._heads == 1 else owned
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class _Tile(NamedTuple):
