@@ -214,7 +214,7 @@ def _learning(spec: str) -> "CalibratedStrategy":
             f"{spec!r} needs no calibration; use it as it is. These can be calibrated: {', '.join(able)}",
             param_hint="SPEC",
         )
-    if strategy.calibrated:
+    if strategy.calibration is not None or not strategy.learns:
         named = strategy.calibration is not None
         reason = "names a calibration already; leave it out" if named else "is fitted to nothing; use it as it is"
         raise typer.BadParameter(f"{spec!r} {reason}", param_hint="SPEC")

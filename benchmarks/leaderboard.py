@@ -209,7 +209,17 @@ def summarize_memory(report: MemoryReport) -> Memory:
 
 # What does not grow with the context, or is kept exact on purpose.
 UNPACKED_ROWS = frozenset(
-    {"tail", "cut block", "sinks", "spare", "codebooks", "static scales", "host layers", "host copy"}
+    {
+        "tail",
+        "cut block",
+        "sinks",
+        "spare",
+        "codebooks",
+        "static scales",
+        "attention history",
+        "host layers",
+        "host copy",
+    }
 )
 
 

@@ -95,12 +95,21 @@ class AdaptiveStrategy(Strategy):
         """
         return attention.amax(2)
 
-    def measure(self, layer: LayerSpec, query: Tensor, states: dict[Side, Tensor], real: Tensor) -> dict[str, Tensor]:
+    def notice_query(self, layer: LayerSpec, query: Tensor) -> Tensor | None:
+        """What to remember of queries until `measure`, one number each: `[batch, kv_heads, per kv head, queries]`.
+
+        query: `[batch, kv_heads, query_heads_per_kv_head, queries, head_dim]` float32, after RoPE and times the model's
+            factor for scores, `1 / sqrt(head_dim)` in most.
+        """
+        return None
+
+    def measure(
+        self, layer: LayerSpec, queries: Tensor | None, states: dict[Side, Tensor], real: Tensor
+    ) -> dict[str, Tensor]:
         """Numbers about the prompt, each `[batch, heads]`, taken once, when the first tokens are packed.
 
-        query: the newest queries, `[batch, kv_heads, query_heads_per_kv_head, queries, head_dim]` float32, after RoPE
-            and times the model's factor for scores, `1 / sqrt(head_dim)` in most; NaN where they are padding, none
-            where another attention function read them.
+        queries: what `notice_query` made of the newest queries, `[batch, kv_heads, per kv head, n]`; NaN where they are
+            padding, None where nothing was noticed, as when another attention function read them.
         states: the exact tokens `[batch, kv_heads, n, dim]` that leave. real: bool `[batch, n]`.
         """
         return {}

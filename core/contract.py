@@ -573,7 +573,7 @@ def _known(strategy: AdaptiveStrategy, tokens: int, packed: int, generator: torc
     states: dict[Side, Tensor] = {
         side: torch.randn(2, LAYER.kv_heads, tokens, LAYER.head_dim, generator=generator) for side in SIDES
     }
-    query = torch.randn(2, LAYER.kv_heads, 2, 7, LAYER.head_dim, generator=generator)
+    queries = strategy.notice_query(LAYER, torch.randn(2, LAYER.kv_heads, 2, 7, LAYER.head_dim, generator=generator))
     evidence = Evidence(
         tokens=tokens,
         seen=real.sum(-1),
@@ -583,7 +583,7 @@ def _known(strategy: AdaptiveStrategy, tokens: int, packed: int, generator: torc
         low={side: -width / 2 for side, width in span.items()},
         high={side: width / 2 for side, width in span.items()},
         widths={side: torch.zeros(2, heads, 0, dtype=torch.uint8) for side in SIDES},
-        measured=strategy.measure(LAYER, query, states, real),
+        measured=strategy.measure(LAYER, queries, states, real),
     )
     if strategy.together:
         evidence = strategy.merge([evidence, evidence])

@@ -23,19 +23,18 @@ class HostCopy:
         """Bytes copied so far."""
         self._buffers: dict[Side, Tensor] = {}
         self._tokens = 0
+        self._order: Tensor | None = None
+        """Which row of the buffers each batch row is; None: they are in order."""
         self._stream: torch.cuda.Stream | None = None
 
     def append(self, states: dict[Side, Tensor]) -> None:
         """Copy the exact tokens `[batch, kv_heads, n, dim]` that come next."""
-        if self.lost:
-            return
+        self._settle()
         count = states["key"].shape[2]
-        try:
-            for side, new in states.items():
-                self._reserve(side, new, self._tokens + count)
-        except (MemoryError, RuntimeError) as error:
-            self.lose(str(error))
+        reserved = self._tried(lambda: {side: self._reserved(side, new, count) for side, new in states.items()})
+        if reserved is None:
             return
+        self._buffers = reserved
         for side, new in states.items():
             self._copy(self._buffers[side][:, :, self._tokens : self._tokens + count], new)
             self.to_host += new.numel() * new.element_size()
@@ -47,6 +46,7 @@ class HostCopy:
         device = tokens.device
         buffer = self._buffers[side]
         rows, tokens = rows.to(buffer.device), tokens.to(buffer.device)
+        rows = rows if self._order is None else self._order[rows]
         found = buffer[rows, :, tokens] if heads is None else buffer[rows, heads.to(buffer.device), tokens]
         self.from_host += found.numel() * found.element_size()
         return found.to(device)
@@ -59,27 +59,23 @@ class HostCopy:
             stacklevel=2,
         )
         self.lost = True
-        self._buffers, self._tokens = {}, 0
+        self._buffers, self._tokens, self._order = {}, 0, None
 
     def truncate(self, tokens: int) -> None:
         """Keep the first `tokens` tokens, and give the memory of the others back."""
         if tokens < self._tokens:
-            self.wait()
             self._tokens = tokens
-            self._buffers = {
-                side: _pinned_like(buffer, compact(buffer[:, :, :tokens])) for side, buffer in self._buffers.items()
-            }
+            self._replace(lambda states: states[:, :, :tokens])
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of the batch dimension, made for tensors on any device."""
-        self.wait()
-        self._buffers = {
-            side: _pinned_like(old, compact(change(states)))
-            for (side, old), states in zip(self._buffers.items(), self.state().values(), strict=True)
-        }
+    def reorder(self, rows: Tensor) -> None:
+        """Batch row `i` becomes the old row `rows[i]`; nothing is copied before tokens are appended."""
+        if self._buffers:
+            rows = rows.cpu()
+            self._order = rows if self._order is None else self._order[rows]
 
     def state(self) -> dict[Side, Tensor]:
         """The copies, `[batch, kv_heads, tokens, dim]`, by side."""
+        self._settle()
         self.wait()
         return {side: buffer[:, :, : self._tokens] for side, buffer in self._buffers.items()}
 
@@ -87,8 +83,10 @@ class HostCopy:
         """Hold what `state` gave, now on the model's device, and count on from `lost`, `to_host` and `from_host`."""
         if states and states["key"].shape[2]:
             self.append(states)
+        lost = self.lost
         for name, count in counts.items():
             setattr(self, name, count)
+        self.lost |= lost
 
     def held_bytes(self) -> int:
         """Bytes of the storages, spare capacity included."""
@@ -100,31 +98,55 @@ class HostCopy:
             self._stream.synchronize()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "HostCopy":
-        self.wait()
         copied = HostCopy()
-        copied.lost, copied.to_host, copied.from_host, copied._tokens = (
-            self.lost,
-            self.to_host,
-            self.from_host,
-            self._tokens,
-        )
-        copied._buffers = {side: _pinned_like(buffer, buffer.clone()) for side, buffer in self._buffers.items()}
+        copied.lost, copied.to_host, copied.from_host = self.lost, self.to_host, self.from_host
+        copied._buffers, copied._tokens, copied._order = dict(self._buffers), self._tokens, self._order
+        self.wait()
+        copied._replace(lambda states: states)
         return copied
 
-    def _reserve(self, side: Side, like: Tensor, tokens: int) -> None:
+    def _settle(self) -> None:
+        """Put the rows in their order, if they are in another."""
+        if self._order is not None:
+            order, self._order = self._order, None
+            self._replace(lambda states: states[order])
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Hold a changed copy of the tokens, in memory of its own."""
+        self.wait()
+        changed = self._tried(
+            lambda: {
+                side: _pinned_like(b, compact(change(b[:, :, : self._tokens]))) for side, b in self._buffers.items()
+            }
+        )
+        if changed is not None:
+            self._buffers = changed
+
+    def _tried(self, make: Callable[[], dict[Side, Tensor]]) -> dict[Side, Tensor] | None:
+        """New buffers, or None and nothing held any more where there is no memory for them."""
+        if self.lost:
+            return None
+        try:
+            return make()
+        except (MemoryError, RuntimeError) as error:
+            self.lose(str(error))
+            return None
+
+    def _reserved(self, side: Side, like: Tensor, count: int) -> Tensor:
+        """The buffer with room for `count` more tokens such as `like [batch, kv_heads, ..., dim]`."""
         old = self._buffers.get(side)
-        capacity = 0 if old is None else old.shape[2]
-        if tokens <= capacity:
-            return
+        tokens = self._tokens + count
+        if old is not None and tokens <= old.shape[2]:
+            return old
         if old is not None:
-            tokens = max(tokens, capacity + capacity // 32)
+            tokens = max(tokens, old.shape[2] + old.shape[2] // 32)
         shape = (*like.shape[:2], tokens, like.shape[3])
         with torch.inference_mode(False):
             grown = torch.empty(shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
         if old is not None:
             self.wait()
             grown[:, :, : self._tokens] = old[:, :, : self._tokens]
-        self._buffers[side] = grown
+        return grown
 
     def _copy(self, place: Tensor, states: Tensor) -> None:
         if states.device.type != "cuda":

@@ -6,7 +6,7 @@ lies, and a pool holds at most `ROWS - 1` empty rows per owner, however often to
 `rebuilt`; in between nothing is written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class RowPools:
         high = torch.zeros_like(low)
         for width, pool in self._pools.items():
             here = self.widths == width
-            rows = pool.take(pool.places(here)[here])
+            rows = pool.take(pool.places(here)[here], ("scales", "exact"))
             low[here], high[here] = row_ends(rows, self.formats[width], trim)
         return low, high
 
@@ -251,9 +251,11 @@ class _Pool:
         blocks = -(-rank[:, -1:] // ROWS)
         return rank - 1 + (blocks.cumsum(0) - blocks) * ROWS
 
-    def take(self, places: Tensor) -> dict[str, Tensor]:
-        """The rows `[n, ...]` at `places [n]`."""
-        return {name: tensor.flatten(0, 1)[places] for name, tensor in self.rows.items()}
+    def take(self, places: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The rows `[n, ...]` at `places [n]`, or of these names alone."""
+        return {
+            name: tensor.flatten(0, 1)[places] for name, tensor in self.rows.items() if names is None or name in names
+        }
 
     def put(self, places: Tensor, rows: dict[str, Tensor]) -> None:
         """Write rows `[n, ...]` at `places [n]`."""

@@ -2,9 +2,9 @@
 
 Zhang et al., "H2O: Heavy-Hitter Oracle", https://arxiv.org/abs/2306.14048. Of a budget of tokens, one half goes to the
 newest, the other to the heavy hitters: those with the largest sum of attention over all queries so far. What stays is
-exact; what is dropped is gone. The paper drops one token at every step; here `interval` tokens gather before some are
-dropped, so the budget is met at these decisions and exceeded in between. It is a share of the text so far, and grows
-with it. Sinks that the cache keeps may come on top.
+kept in 16 bits; what is dropped is gone. The paper drops one token at every step; here `interval` tokens gather before
+some are dropped, so the budget is met at these decisions and exceeded in between. It is a share of the text so far, and
+grows with it. Sinks that the cache keeps may come on top.
 """
 
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from ..registry.hookspecs import hookimpl
 
 
 class H2O(AdaptiveStrategy):
-    """Baseline: tokens dropped by accumulated attention, per kv head; the newest and the heavy hitters stay exact."""
+    """Baseline: tokens dropped by accumulated attention, per kv head; the newest and the heavy hitters stay."""
 
     name: ClassVar[str] = "h2o"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"keep": 0.5}, {"keep": 0.2})

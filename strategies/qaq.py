@@ -23,6 +23,7 @@ PACKED_WIDTHS: tuple[Bits, ...] = (2, 3, 4, 8)
 QUERY_QUANTILE = 0.9
 """The bound on keys is to hold for nine queries of ten (paper, section 3.2)."""
 REPOSITORY_QUERY_NORM = 300.0
+"""Of every model in the published code; here also where no query was seen, which is careful."""
 
 
 class QAQ(AdaptiveStrategy, CalibratedStrategy):
@@ -100,7 +101,7 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
     def recipe(self) -> Recipe:
         """Query norms, unless they are given."""
         given = self.query_norm is not None or self.profile == "repository"
-        return Recipe() if given else Recipe(query_norm=QUERY_QUANTILE)
+        return Recipe() if given else Recipe(query_quantile=QUERY_QUANTILE)
 
     @property
     def attention_window(self) -> int:
@@ -122,12 +123,23 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
             drops=self.min_bits == 0,
         )
 
-    def measure(self, layer: LayerSpec, query: Tensor, states: dict[Side, Tensor], real: Tensor) -> dict[str, Tensor]:
+    def notice_query(self, layer: LayerSpec, query: Tensor) -> Tensor | None:
+        """Squared norms, unless they are known."""
+        return query.square().sum(-1) if self._known_norm(layer) is None else None
+
+    def measure(
+        self, layer: LayerSpec, queries: Tensor | None, states: dict[Side, Tensor], real: Tensor
+    ) -> dict[str, Tensor]:
         """Query norms and the values' root mean square, `[batch, heads]`."""
         value = states["value"].float()
         numbers = real.sum(-1).clamp(min=1) * layer.value_dim
         square = value.square().sum(-1).where(real[:, None], 0).sum(-1) / numbers[:, None]
-        norm = self._query_norm(layer, query)
+        known = self._known_norm(layer)
+        if known is None and queries is not None:
+            norm = queries.flatten(2).nanquantile(QUERY_QUANTILE, dim=-1).nan_to_num(nan=REPOSITORY_QUERY_NORM)
+        else:
+            given = torch.as_tensor(REPOSITORY_QUERY_NORM if known is None else known, dtype=torch.float32)
+            norm = given.to(square.device).expand_as(square)
         if self.granularity != "head":
             square, norm = square.mean(1, keepdim=True), norm.amax(1, keepdim=True)
         return {"query_norm": norm, "value_size": square.sqrt()}
@@ -165,7 +177,7 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
         if self.shared_bits:
             widest = torch.maximum(wanted["key"], wanted["value"])
             wanted = {"key": widest, "value": widest}
-        return {side: self._settled(bits, evidence.widths.get(side), evidence.newer) for side, bits in wanted.items()}
+        return {side: self._steadied(bits, evidence.widths.get(side), evidence.newer) for side, bits in wanted.items()}
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -188,25 +200,20 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
         ]
         return (*packed, *([Format(codes="exact")] if 16 in widths else []))
 
-    def _query_norm(self, layer: LayerSpec, query: Tensor) -> Tensor:
-        """`[batch, kv_heads]`."""
-        shape = query.shape[:2]
+    def _known_norm(self, layer: LayerSpec) -> Tensor | float | None:
+        """A number, `[kv_heads]`, or None where the prompt has to tell."""
         if self.query_norm is not None:
-            return query.new_full(shape, self.query_norm, dtype=torch.float32)
-        constant = query.new_full(shape, REPOSITORY_QUERY_NORM, dtype=torch.float32)
+            return self.query_norm
         if self.profile == "repository":
-            return constant
-        if isinstance(self.calibration, Calibration):
-            norm = self.calibration.of(layer.index, "key").query_norm
-            if norm is None:
-                raise ValueError("the calibration holds no query norms; calibrate again, for this strategy")
-            return norm.to(query.device).expand(shape)
-        if not query.shape[3]:
-            return constant
-        squares = query.float().square().sum(-1).flatten(2)
-        return squares.nanquantile(QUERY_QUANTILE, dim=-1).where(squares.isfinite().any(-1), constant)
+            return REPOSITORY_QUERY_NORM
+        if not isinstance(self.calibration, Calibration):
+            return None
+        norm = self.calibration.of(layer.index, "key").query_norm
+        if norm is None:
+            raise ValueError("the calibration holds no query norms; calibrate again, for this strategy")
+        return norm
 
-    def _settled(self, bits: Tensor, present: Tensor | None, newer: int) -> Tensor:
+    def _steadied(self, bits: Tensor, present: Tensor | None, newer: int) -> Tensor:
         """Widths for wanted bits: tokens that have one keep it within the hysteresis; the newest get the most."""
         ladder = self._widths()
         widths = round_up(bits, ladder)

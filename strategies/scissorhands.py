@@ -1,8 +1,8 @@
 """Scissorhands: a baseline that drops tokens which persistently get little attention, where others quantize them.
 
 Liu et al., https://arxiv.org/abs/2305.17118. A query finds a token unimportant if it pays it less than its average
-attention; the tokens that most of the last queries found so are dropped. What stays is exact; what is dropped is gone.
-Differences from the paper: the budget is a share of the text so far, as in `h2o`, and met whenever `interval` tokens
+attention; the tokens that most of the last queries found so are dropped. What stays is kept in 16 bits; what is dropped
+is gone. Differences from the paper: the budget is a share of the text so far, as in `h2o`, and met whenever `interval` tokens
 have gathered, instead of a fixed size from which half is dropped when it is full; the average is over the tokens that
 are still there; and fewer queries are remembered, since each costs a byte per token and kv head.
 """
@@ -19,7 +19,7 @@ from ..registry.hookspecs import hookimpl
 
 
 class Scissorhands(AdaptiveStrategy):
-    """Baseline: tokens dropped that persistently get little attention, per kv head; the others stay exact."""
+    """Baseline: tokens dropped that persistently get little attention, per kv head; the others stay."""
 
     name: ClassVar[str] = "scissorhands"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"keep": 0.5}, {"keep": 0.2})

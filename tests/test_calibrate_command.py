@@ -131,6 +131,14 @@ def test_no_held_out_windows_no_perplexity(folder, tmp_path):
     assert strategy.base == registry.parse("uniform:bits=2")
 
 
+def test_query_norms_are_learned_by_a_strategy_that_works_without(folder, tmp_path):
+    result = invoke(*command(folder, tmp_path, "qaq:interval=16", heldout=0))
+    assert result.exit_code == 0, result.output
+    strategy = registry.get("qaq").from_pretrained(tmp_path, sigma_key=0.01)
+    assert (strategy.interval, strategy.sigma_key) == (16, 0.01)
+    assert strategy.calibration.of(0, "key").query_norm.min() > 0
+
+
 def test_windows_too_short_to_read_anything_packed_tell_no_perplexity(folder, tmp_path):
     result = invoke(*command(folder, tmp_path, length=160))
     assert result.exit_code == 0, result.output
@@ -231,6 +239,7 @@ def test_a_finished_calibration_is_replaced_only_on_demand(folder, finished, tmp
         ("SPEC", "kvquant:calibration=/no/such/folder", "there is no calibration folder"),
         ("SPEC", "kvquant:calibration=prompt", "names a calibration already"),
         ("SPEC", "kvquant:datatype=nf,key_scale=channel", "is fitted to nothing; use it as it is"),
+        ("SPEC", "qaq:query_norm=3", "is fitted to nothing; use it as it is"),
         ("SPEC", "uniform", "needs no calibration; use it as it is. These can be calibrated: kvquant, qaq, qnorm"),
         ("--model", "/no/such/model", "there is no folder '/no/such/model'"),
         ("--text", "{folder}/absent.txt", "No such file"),

@@ -90,7 +90,13 @@ def test_rows_of_the_batch_are_reordered_and_repeated():
     whole, other = states(70), states(20, seed=1)
     copies = filled(whole, 60, 10)
     order = [1, 0, 1]
-    copies.map(lambda tensor: tensor[order])
+    copies.reorder(torch.tensor([1, 0]))
+    copies.reorder(torch.tensor([0, 1, 0]))  # the two as one
+    held = copies.held_bytes()
+    at = torch.arange(len(order))
+    for side in DIMS:  # read where they lie, before anything moves
+        assert torch.equal(copies.read(side, at, None, at), whole[side][order, :, at])
+    assert copies.held_bytes() == held
     copies.append({side: tensor[order] for side, tensor in other.items()})
     assert_holds(copies, {side: torch.cat([whole[side], other[side]], dim=2)[order] for side in DIMS})
 
@@ -153,9 +159,26 @@ def test_exhausted_memory_lets_the_copies_go_with_a_warning(monkeypatch, error, 
         warnings.simplefilter("error")
         copies.append(states(40))
         copies.truncate(5)
-        copies.map(lambda tensor: tensor[[0]])
+        copies.reorder(torch.tensor([0]))
     assert copy.deepcopy(copies).lost
     assert copies.state() == {}
+
+
+@pytest.mark.parametrize("change", ["truncate", "reorder"])
+def test_memory_that_runs_out_on_the_way_lets_the_copies_go_as_well(monkeypatch, change):
+    def fails(*_):
+        raise ERRORS["driver"]
+
+    copies = filled(states(70), 70)
+    monkeypatch.setattr(host, "compact", fails)
+    with pytest.warns(UserWarning, match="cannot pin"):
+        if change == "truncate":
+            copies.truncate(20)
+        else:
+            copies.reorder(torch.tensor([1, 0]))
+            copies.append(states(5))
+    assert copies.lost
+    assert copies.held_bytes() == 0
 
 
 @torch.no_grad()

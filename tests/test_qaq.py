@@ -217,7 +217,7 @@ def test_scores_deviate_by_no_more_than_is_allowed_where_attention_is_even(sigma
     strategy = QAQ(alpha=0, window=1, granularity="head", sigma_key=sigma)
     measured = strategy.measure(
         replace(SPEC, kv_heads=1),
-        queries[None, None, None],
+        strategy.notice_query(SPEC, queries[None, None, None]),
         {"key": keys[None, None], "value": keys[None, None]},
         torch.ones(1, 100, dtype=torch.bool),
     )
@@ -481,7 +481,7 @@ def measured(strategy: QAQ, query: Tensor | None = None, real: Tensor = REAL["no
     """What is measured of six tokens of two rows, and `query [2, 2, group, queries, 64]`."""
     generator = torch.Generator().manual_seed(0)
     states = {"key": torch.randn(2, 2, 6, 64, generator=generator), "value": values()}
-    return strategy.measure(SPEC, torch.empty(2, 2, 3, 0, 64) if query is None else query, states, real)
+    return strategy.measure(SPEC, None if query is None else strategy.notice_query(SPEC, query), states, real)
 
 
 def values() -> Tensor:
@@ -495,9 +495,9 @@ def values() -> Tensor:
 @pytest.mark.parametrize("real", REAL.values(), ids=REAL)
 def test_the_size_of_values_is_the_root_mean_square_of_real_tokens(real, granularity, poison):
     states = values().masked_fill(~real[:, None, :, None], poison)
-    size = QAQ(granularity=granularity).measure(
-        SPEC, torch.empty(2, 2, 3, 0, 64), {"key": uniform(2, 2, 6, 64), "value": states}, real
-    )["value_size"]
+    size = QAQ(granularity=granularity).measure(SPEC, None, {"key": uniform(2, 2, 6, 64), "value": states}, real)[
+        "value_size"
+    ]
     for row in range(2):
         heads = values()[row, :, real[row]]
         expected = heads.square().mean((1, 2)) if granularity == "head" else heads.square().mean()[None]
@@ -568,7 +568,7 @@ def test_a_calibration_without_norms_is_refused():
 
 
 def test_norms_are_calibrated_only_where_they_are_read():
-    assert QAQ().recipe() == Recipe(query_norm=0.9)
+    assert QAQ().recipe() == Recipe(query_quantile=0.9)
     assert QAQ(query_norm=5).recipe() == QAQ(profile="repository").recipe() == Recipe()
 
 

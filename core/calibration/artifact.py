@@ -35,7 +35,7 @@ class Recipe(BaseModel):
     """Whether static ranges cover the sinks all the same."""
     gradients: bool = False
     """Whether numbers are weighted by Fisher information, which takes a backward pass."""
-    query_norm: float | None = Field(default=None, ge=0, le=1)
+    query_quantile: float | None = Field(default=None, ge=0, le=1)
     """Which quantile of the squared norms of scaled queries is measured, 0.9 for that of nine in ten; None: none is."""
 
 
@@ -111,7 +111,7 @@ class Calibration:
     def digest(self) -> str:
         """A hash of what strategies read, wherever it is kept and whatever the evidence for it."""
         # as it was before there were query norms: saved caches name their calibration by this
-        unasked = {"recipe": {"query_norm"}} if self.record.recipe.query_norm is None else None
+        unasked = {"recipe": {"query_quantile"}} if self.record.recipe.query_quantile is None else None
         record = self.record.model_dump_json(include={"recipe", "model", "layers"}, exclude=unasked)
         return hashlib.sha256((record + self._numbers_digest()).encode()).hexdigest()[:16]
 
@@ -203,6 +203,8 @@ def view(formats: LayerFormat | MixedFormat, side: Side) -> dict[str, Any]:
         return {}
     fmt: Format = getattr(formats, side)
     names = {"scale", "group", "symmetric", "rotation", "rope"} | ({"trim", "outliers"} if fmt.trim else set())
+    # left out where it is the only one there was when calibrations began to be written
+    names |= {"grid"} if fmt.grid != "ends" else set()
     seen = fmt.model_dump(mode="json", include=names)
     return {**seen, "block": formats.block} if fmt.trim or fmt.scale == "channel" else seen
 

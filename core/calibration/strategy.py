@@ -75,7 +75,7 @@ class CalibratedStrategy(Strategy):
     @property
     def learns(self) -> bool:
         """Whether a calibration is of use: what these settings cannot do without, or query norms."""
-        return self.needs_statistics() or self.recipe().query_norm is not None
+        return self.needs_statistics() or self.recipe().query_quantile is not None
 
     @property
     def calibrated(self) -> bool:

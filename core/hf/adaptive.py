@@ -17,28 +17,31 @@ from ..pools import RowPools
 from ..protocol import LayerSpec
 from ..store import compact
 from .handles import LazyStates
-from .layer import SIDES, PackedLayer, under
+from .layer import ROWS, SIDES, PackedLayer, under
 from .masks import key_validity
 from .segments import Scoring, fold
 
 # scores that are held at a time, over batch, heads, queries and keys
 SCORE_NUMBERS = 1 << 24
 
-# newest queries of a prompt that a strategy may measure
-MEASURED_QUERIES = 512
+# newest queries, before the first decision, that a strategy may measure
+MEASURED_QUERIES = 4096
 
 SIXTEEN_BITS = Format(codes="exact")
 
 
-class Council(list["AdaptiveLayer"]):
+class Council:
     """The layers of one cache, for strategies that decide for all of them together."""
+
+    def __init__(self) -> None:
+        self.layers: list[AdaptiveLayer] = []
 
     def decide(self, layer: "AdaptiveLayer", overdue: bool) -> None:
         """Called by a layer in which enough tokens wait; overdue: since the last forward."""
         if not layer.strategy.together:
             layer.apply(layer.strategy.widths(layer.spec, layer.evidence()))
-        elif overdue or layer is self[-1]:
-            layers = [each for each in self if each.due]
+        elif overdue or layer is [each for each in self.layers if each.packs][-1]:
+            layers = [each for each in self.layers if each.due]
             merged = layer.strategy.merge([each.evidence() for each in layers])
             widths = layer.strategy.widths(layer.spec, merged)
             for each in layers:
@@ -55,13 +58,11 @@ class AdaptiveLayer(PackedLayer):
     strategy: AdaptiveStrategy
 
     def __init__(self, council: Council, *arguments: Any) -> None:
+        self.packs = True
+        """Whether the strategy packs this layer; set by the cache, which asks before the first token arrives."""
         self._council = council
-        council.append(self)
+        council.layers.append(self)
         super().__init__(*arguments)
-
-    @property
-    def _measures(self) -> bool:
-        return type(self.strategy).measure is not AdaptiveStrategy.measure
 
     def _clear(self) -> None:
         super()._clear()
@@ -70,12 +71,13 @@ class AdaptiveLayer(PackedLayer):
         self.host = HostCopy() if self.strategy.host_copy else None
         self.measured: dict[str, Tensor] = {}
         """What the strategy measured on the prompt, each `[batch, heads]`."""
-        self._measuring = self._measures
+        self._measuring = True
         """Whether some row has yet to be measured: none of its real tokens was packed."""
         self._real: Tensor | None = None
         """Which tokens are no padding, `[batch, tokens]`: as told when they were packed, since then by the latest mask
         that tells; None: all are real."""
-        self._query: Tensor | None = None
+        self._queries: Tensor | None = None
+        """What it noticed of queries and has yet to measure, `[batch, kv_heads, per kv head, queries]`."""
 
     # ---- length ----------------------------------------------------------------------------------------------------
 
@@ -99,9 +101,9 @@ class AdaptiveLayer(PackedLayer):
             return
         self.history.truncate(length)
         self._real = None if self._real is None else self._real[:, :length].clone()
-        self._query = None if self._query is None else compact(self._query[:, :, :, :-removed])
+        self._queries = None if self._queries is None else compact(self._queries[..., :-removed])
         if not self.packed_tokens:
-            self.measured, self._measuring = {}, self._measures
+            self.measured, self._measuring = {}, True
 
     def _cut_packed(self, length: int) -> None:
         self.pools = {side: pools.truncated(length) for side, pools in self.pools.items()}
@@ -190,7 +192,7 @@ class AdaptiveLayer(PackedLayer):
                 attention=None if attention is None else attention[..., :tokens],
                 low=low,
                 high=high,
-                widths={side: pools.widths.unflatten(0, (batch, -1)) for side, pools in self.pools.items()},
+                widths={side: pools.widths.unflatten(0, (batch, -1)).clone() for side, pools in self.pools.items()},
                 measured=self.measured,
             )
 
@@ -213,8 +215,8 @@ class AdaptiveLayer(PackedLayer):
             self.pools = pools
             for side, tail in self.tails.items():
                 tail.replace(rest[side])
-            self._measuring = self._measures and not real[:, :tokens].any(-1).all()
-            self._query = self._query if self._measuring else None
+            self._measuring = not real[:, :tokens].any(-1).all()
+            self._queries = self._queries if self._measuring else None
             self.history.forget(max(0, (self.strategy.attention_window or 0) - self.strategy.interval))
 
     def _settled(self, widths: dict[Side, Tensor], real: Tensor) -> dict[Side, Tensor]:
@@ -256,11 +258,8 @@ class AdaptiveLayer(PackedLayer):
 
     def _measure(self, leaving: dict[Side, Tensor], real: Tensor) -> None:
         """Let the strategy measure the rows of which no real token is packed yet."""
-        query, held = self._query, self.packed_tokens
-        if query is None:
-            groups = leaving["key"]
-            query = groups.new_empty(*groups.shape[:2], 1, 0, self.head_dim)
-        new = self.strategy.measure(self.spec, query, leaving, real[:, held : held + leaving["key"].shape[2]])
+        held = self.packed_tokens
+        new = self.strategy.measure(self.spec, self._queries, leaving, real[:, held : held + leaving["key"].shape[2]])
         begun = real[:, :held].any(-1, keepdim=True)
         self.measured = {
             name: torch.where(begun, self.measured.get(name, number), number) for name, number in new.items()
@@ -281,7 +280,7 @@ class AdaptiveLayer(PackedLayer):
     def _tiles(self, query: Tensor, key: LazyStates, scoring: Scoring, first: int) -> Iterator["_Tile"]:
         """Attention weights of the queries from `first` on, some at a time; what the strategy wants is noticed."""
         queries, keys = query.shape[2], key.shape[2]
-        if self._measuring:
+        if self._measuring and self.formats is not None:
             self._keep(query.detach(), keys, scoring.scaling)
         exact_key = key.rotated_exact()
         step = max(1, SCORE_NUMBERS // (query.shape[0] * query.shape[1] * keys))
@@ -335,16 +334,19 @@ class AdaptiveLayer(PackedLayer):
             self.history.add(self.strategy.notice(share), seen)
 
     def _keep(self, query: Tensor, keys: int, scaling: float) -> None:
-        """Keep the newest queries until the strategy has measured them; NaN where they are padding."""
+        """Keep what the strategy notices of queries until it measures them; NaN where they are padding."""
         with torch.inference_mode(False), torch.no_grad():
             query = query[:, :, -MEASURED_QUERIES:]
             rows = fold(query, self.kv_heads, scaling).unflatten(2, (-1, query.shape[2]))
+            noticed = self.strategy.notice_query(self.spec, rows)
+            if noticed is None:
+                return
             if self._real is not None:
                 padding = ~self._real[:, keys - rows.shape[3] : keys]
-                rows = rows.masked_fill(padding[:, None, None, :, None], torch.nan)
-            if self._query is not None:
-                rows = torch.cat([self._query, rows], dim=3)
-            self._query = compact(rows[:, :, :, -MEASURED_QUERIES:])
+                noticed = noticed.masked_fill(padding[:, None, None], torch.nan)
+            if self._queries is not None:
+                noticed = torch.cat([self._queries, noticed], dim=3)
+            self._queries = compact(noticed[..., -MEASURED_QUERIES:])
 
     # ---- bytes and files -------------------------------------------------------------------------------------------
 
@@ -358,12 +360,11 @@ class AdaptiveLayer(PackedLayer):
             used = pools.used_bytes()
             spare += pools.held_bytes() - sum(used.values())
             for name, size in used.items():
-                row = name if name == "widths" else f"{side} {name.partition('_')[0].replace('outlier', 'outliers')}"
+                row = name if name == "widths" else f"{side} {ROWS.get(name, name)}"
                 sizes[row] = sizes.get(row, 0) + size
         beside = super().used_bytes()
-        waiting = [] if self._query is None else [self._query]
-        sizes["attention history"] = self.history.held_bytes() + _nbytes(waiting)
-        sizes["widths"] = sizes.get("widths", 0) + _nbytes(self._beside()) - _nbytes(waiting)
+        sizes["attention history"] = self.history.held_bytes()
+        sizes["widths"] = sizes.get("widths", 0) + _nbytes(self._beside())
         return {**sizes, "tail": beside["tail"], "spare": beside["spare"] + spare}
 
     def tensors(self) -> list[Tensor]:
@@ -375,7 +376,7 @@ class AdaptiveLayer(PackedLayer):
     def _beside(self) -> list[Tensor]:
         return [
             *self.measured.values(),
-            *(tensor for tensor in (self._real, self._query) if tensor is not None),
+            *(tensor for tensor in (self._real, self._queries) if tensor is not None),
         ]
 
     def host_bytes(self) -> dict[str, int]:
@@ -390,7 +391,7 @@ class AdaptiveLayer(PackedLayer):
         for side in SIDES:
             tensors.update({f"pools.{side}.{name}": tensor for name, tensor in self.pools[side].state().items()})
         tensors.update({f"measured.{name}": tensor for name, tensor in self.measured.items()})
-        beside = {"real": self._real, "query": self._query, "history": self.history.rows}
+        beside = {"real": self._real, "queries": self._queries, "history": self.history.rows}
         tensors.update({name: tensor for name, tensor in beside.items() if tensor is not None})
         values.update(queries=self.history.queries, measuring=self._measuring)
         if self.host is not None:
@@ -407,7 +408,7 @@ class AdaptiveLayer(PackedLayer):
             self.pools[side] = self.pools[side].restored(under(f"pools.{side}.", tensors))
         self.measured = under("measured.", tensors)
         self._measuring = values["measuring"]
-        self._real, self._query = tensors.get("real"), tensors.get("query")
+        self._real, self._queries = tensors.get("real"), tensors.get("queries")
         self.history.rows, self.history.queries = tensors.get("history"), values["queries"]
         if self.host is not None:
             copies: dict[Side, Tensor] = {side: tensors[f"host.{side}"] for side in SIDES if f"host.{side}" in tensors}
@@ -462,9 +463,9 @@ class AdaptiveLayer(PackedLayer):
         self.history.map(change)
         self.measured = {name: compact(change(tensor)) for name, tensor in self.measured.items()}
         self._real = None if self._real is None else change(self._real).clone()
-        self._query = None if self._query is None else compact(change(self._query))
+        self._queries = None if self._queries is None else compact(change(self._queries))
         if self.host is not None:
-            self.host.map(change)
+            self.host.reorder(rows)
 
     def _exact(self, side: Side, owner: Tensor, token: Tensor) -> Tensor:
         assert self.host is not None

@@ -13,7 +13,7 @@ from ..protocol import LayerSpec
 from ..sinks import Sinks
 from ..store import PackedStore, compact
 from .handles import LazyStates
-from .layer import SIDES, PackedLayer, under
+from .layer import ROWS, SIDES, PackedLayer, under
 from .masks import key_validity
 from .segments import Scoring, attend_packed
 
@@ -21,16 +21,6 @@ from .segments import Scoring, attend_packed
 ENCODE_NUMBERS = 1 << 22
 
 EXACT = LayerFormat(key=Format(codes="exact"), value=Format(codes="exact"))
-
-# rows of the memory report that gather several tensors
-_ROWS = {
-    "outlier_index": "outliers",
-    "outlier_value": "outliers",
-    "sensitivity": "static scales",
-    "codebook": "codebooks",
-    "gain": "codebooks",
-    "offset": "codebooks",
-}
 
 
 class Chunk(NamedTuple):
@@ -140,10 +130,10 @@ class BlockLayer(PackedLayer):
             used = self.stores[side].used_bytes()
             spare += self.stores[side].held_bytes() - sum(used.values())
             for name, size in used.items():
-                row = f"{side} {_ROWS.get(name, name)}"
+                row = f"{side} {ROWS.get(name, name)}"
                 sizes[row] = sizes.get(row, 0) + size
             for name, tensor in self.tables.get(side, NO_TABLES).tensors().items():
-                row = _ROWS.get(name, "static scales")
+                row = ROWS.get(name, "static scales")
                 sizes[row] = sizes.get(row, 0) + tensor.untyped_storage().nbytes()
         beside = super().used_bytes()
         sizes["tail"] = beside["tail"]

@@ -37,7 +37,8 @@ class PackedCache(Cache):
     model: a decoder-only transformers model.
     strategy: from `registry.get(name)(...)`, or any `CacheQuantizer`.
     residual_length: newest tokens kept exact, 128 by default; up to `block - 1` more wait there to fill a block.
-    sink_tokens: first real tokens of each batch row kept exact, 0 by default.
+    sink_tokens: first real tokens of each batch row kept exact, 0 by default; in 16 bits by strategies that give tokens
+        widths of their own.
     skip_layers: indices of layers to leave exact, `-1` being the last.
 
     Where an option is not given, what the strategy asks for (`strategy.cache_options()`) takes the default's place.
@@ -235,6 +236,8 @@ class PackedCache(Cache):
                 formats.require_fitting(spec.head_dim, spec.value_dim, spec.kv_heads)
             elif formats is not None:
                 formats.require_fitting(spec.head_dim, spec.value_dim)
+            if isinstance(layer, AdaptiveLayer):
+                layer.packs = formats is not None
             layer.before_rope = isinstance(formats, LayerFormat) and formats.key.rope == "pre"
             if layer.before_rope and "position_embeddings" not in inspect.signature(type(module).forward).parameters:
                 raise ValueError(

@@ -223,7 +223,7 @@ class _Gathering:
 
     def _passes(self) -> Iterator[tuple[str, Observe, bool]]:
         """Name, what observes, and whether it takes gradients; the first pass shows what is left for the second."""
-        yield "ranges" if self._recipe.query_norm is None else "query norms", self._observe_ranges, False
+        yield "ranges" if self._recipe.query_quantile is None else "query norms", self._observe_ranges, False
         if any(any(record.views.values()) for record in self.layers.values()):
             yield "densities", self._observe_density, self._recipe.gradients
 
@@ -257,7 +257,7 @@ class _Gathering:
             rows = query[..., self._recipe.sink_tokens :, :].square().sum(-1).float()
             squares.setdefault(layer.index, []).append(rows.transpose(0, 1).flatten(1))
 
-        asked = observe == self._observe_ranges and self._recipe.query_norm is not None
+        asked = observe == self._observe_ranges and self._recipe.query_quantile is not None
         tapped = tap_query if asked else None
         cache = TapCache(self._model, self._strategy, tap, gradients=gradients, observe_query=tapped)
         if not cache.packed_layers:
@@ -326,7 +326,7 @@ class _Gathering:
         if layer.index in self.layers:
             return
         if isinstance(layer.formats, MixedFormat):
-            if self._recipe.query_norm is None:
+            if self._recipe.query_quantile is None:
                 raise ValueError(
                     f"layer {layer.index}: of tokens that have widths of their own only query norms can be measured, "
                     f"which the recipe of {self._strategy.name!r} does not ask for"
@@ -409,8 +409,8 @@ class _Gathering:
 
     def _beyond(self) -> float:
         """The share of query norms above the quantile."""
-        assert self._recipe.query_norm is not None  # called where it is asked for
-        return 1 - self._recipe.query_norm
+        assert self._recipe.query_quantile is not None  # called where it is asked for
+        return 1 - self._recipe.query_quantile
 
 
 def _hash_of(strategy: "CalibratedStrategy", model: PreTrainedModel, windows: Tensor) -> str:

@@ -18,6 +18,16 @@ from .segments import Scoring
 
 SIDES: tuple[Side, Side] = ("key", "value")
 
+# rows of the memory report that gather several tensors
+ROWS = {
+    "outlier_index": "outliers",
+    "outlier_value": "outliers",
+    "sensitivity": "static scales",
+    "codebook": "codebooks",
+    "gain": "codebooks",
+    "offset": "codebooks",
+}
+
 _NOT_ATTACHED = (
     "layer {} stores keys before RoPE but was given no position embeddings: the model is not attached. "
     "Construct the cache with the model that uses it, PackedCache(model, strategy), and do not detach in between"
@@ -257,7 +267,9 @@ class PackedLayer(CacheLayerMixin):
         self._clear()
         tails = {side: tensors[f"tail.{side}"] for side in SIDES}
         self.lazy_initialization(tails["key"], tails["value"])
-        if values["formats"] != self.state()[0]["formats"]:
+        packed_as = values["formats"]
+        # fields that formats had not yet when the file was written have their defaults
+        if (packed_as if self.formats is None else type(self.formats).model_validate(packed_as)) != self.formats:
             raise ValueError(
                 f"layer {self.index} was packed as {values['formats']}, the strategy now asks for another format"
             )

@@ -99,8 +99,8 @@ class Visibility:
         """The same for queries `[start, stop)` of these, and `keys` as far as any of them may see."""
         mask, keys = self._mask, self.keys - self._queries + stop
         if mask is not None and mask.ndim == 4:
-            # who sees whom is the mask's alone to say
-            mask, keys = mask[..., start:stop, :], self.keys
+            # who sees whom is the mask's alone to say; one row says it of all queries
+            mask, keys = mask if mask.shape[-2] == 1 else mask[..., start:stop, :], self.keys
         elif mask is not None:
             mask = mask[:, :keys]
         return Visibility(mask, stop - start, keys, self._device)

@@ -38,7 +38,7 @@ class Bounded(AdaptiveStrategy, CalibratedStrategy):
         return False
 
     def recipe(self) -> Recipe:
-        return Recipe(query_norm=self.quantile, sink_tokens=SINKS)
+        return Recipe(query_quantile=self.quantile, sink_tokens=SINKS)
 
 
 class Both(KVQuant):
@@ -47,7 +47,7 @@ class Both(KVQuant):
     name: ClassVar[str] = "both"
 
     def recipe(self) -> Recipe:
-        return super().recipe().model_copy(update={"query_norm": 0.9})
+        return super().recipe().model_copy(update={"query_quantile": 0.9})
 
 
 def measured(model: PreTrainedModel, ids: Tensor, strategy: Any = None, **options: Any) -> Calibration:
@@ -162,7 +162,7 @@ def test_norms_come_with_ranges_and_densities_where_formats_have_them(build, win
     model = build()
     strategy = Both(**settings).with_calibration(both)
     strategy.require_model(model)
-    with pytest.raises(ValueError, match=r"not fit these settings: query_norm was None, is 0\.9"):
+    with pytest.raises(ValueError, match=r"not fit these settings: query_quantile was None, is 0\.9"):
         strategy.with_calibration(plain).require_model(model)
 
 
@@ -208,7 +208,7 @@ def test_norms_are_saved_and_read_back_equal(build, windows, tmp_path):
     first, second = (each.calibration.of(1, "key").query_norm for each in (strategy, loaded))
     assert torch.equal(first, second)
     loaded.require_model(model)
-    assert loaded.calibration.record.recipe.query_norm == 0.9
+    assert loaded.calibration.record.recipe.query_quantile == 0.9
 
 
 def test_a_calibration_of_another_quantile_or_model_is_refused(build, windows):
@@ -216,7 +216,7 @@ def test_a_calibration_of_another_quantile_or_model_is_refused(build, windows):
     strategy = Bounded().calibrate(model, None, windows(2, 40), samples=2, heldout=0)
     strategy.require_model(model)
     Bounded(interval=32, calibration=strategy.calibration).require_model(model)
-    with pytest.raises(ValueError, match=r"query_norm was 0\.9, is 0\.5"):
+    with pytest.raises(ValueError, match=r"query_quantile was 0\.9, is 0\.5"):
         Bounded(quantile=0.5, calibration=strategy.calibration).require_model(model)
     with pytest.raises(ValueError, match="is of another model"):
         strategy.require_model(build(seed=1))
@@ -248,7 +248,7 @@ def test_an_artifact_from_before_there_were_norms_is_read_and_has_its_old_digest
     hand_made().save(tmp_path)
     content = json.loads((tmp_path / RECORD).read_text())
     assert content["version"] == 1
-    del content["recipe"]["query_norm"]
+    del content["recipe"]["query_quantile"]
     (tmp_path / RECORD).write_text(json.dumps(content))
     loaded = Calibration.load(tmp_path)
     assert loaded.digest == hand_made().digest == "cde31e1002b261f4"
@@ -320,8 +320,8 @@ def test_windows_of_nothing_but_sinks_are_refused(build, windows):
 
 @pytest.mark.parametrize("quantile", [-0.1, 90.0])
 def test_quantiles_beyond_0_and_1_are_refused(quantile):
-    with pytest.raises(ValueError, match="query_norm"):
-        Recipe(query_norm=quantile)
+    with pytest.raises(ValueError, match="query_quantile"):
+        Recipe(query_quantile=quantile)
 
 
 # ---- beside ----------------------------------------------------------------------------------------------------------

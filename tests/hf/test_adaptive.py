@@ -485,7 +485,7 @@ def test_rows_that_begin_after_the_first_decision_are_measured_when_they_do(mode
         for name, measured in layer.measured.items():
             alone = torch.cat([one.measured[name], other.measured[name]])
             torch.testing.assert_close(measured, alone, rtol=1e-4, atol=1e-4)
-        assert layer._query is None
+        assert layer._queries is None
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_what_was_cut_before_it_was_packed_leaves_no_trace(model, walk, kept):
     if kept:
         walk(model, straight, PADS, 45, seed=7)
         for layer in straight.packed_layers:
-            layer._query = layer._query[:, :, :, :kept].clone()
+            layer._queries = layer._queries[..., :kept].clone()
             for tail in layer.tails.values():
                 tail.truncate(kept)
             layer._real = layer._real[:, :kept].clone()
