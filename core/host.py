@@ -90,7 +90,8 @@ class HostCopy:
 
     def held_bytes(self) -> int:
         """Bytes of the storages, spare capacity included."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
+        order = [] if self._order is None else [self._order]
+        return sum(tensor.untyped_storage().nbytes() for tensor in [*self._buffers.values(), *order])
 
     def wait(self) -> None:
         """Until all copies have arrived."""

@@ -2,9 +2,9 @@
 
 Liu et al., https://arxiv.org/abs/2305.17118. A query finds a token unimportant if it pays it less than its average
 attention; the tokens that most of the last queries found so are dropped. What stays is kept in 16 bits; what is dropped
-is gone. Differences from the paper: the budget is a share of the text so far, as in `h2o`, and met whenever `interval` tokens
-have gathered, instead of a fixed size from which half is dropped when it is full; the average is over the tokens that
-are still there; and fewer queries are remembered, since each costs a byte per token and kv head.
+is gone. Differences from the paper: the budget is a share of the text so far, as in `h2o`, and met whenever `interval`
+tokens have gathered, instead of a fixed size from which half is dropped when it is full; the average is over the tokens
+that are still there; and fewer queries are remembered, since each costs a byte per token and kv head.
 """
 
 from typing import Any, ClassVar

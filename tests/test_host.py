@@ -90,9 +90,11 @@ def test_rows_of_the_batch_are_reordered_and_repeated():
     whole, other = states(70), states(20, seed=1)
     copies = filled(whole, 60, 10)
     order = [1, 0, 1]
+    whole_bytes = copies.held_bytes()
     copies.reorder(torch.tensor([1, 0]))
     copies.reorder(torch.tensor([0, 1, 0]))  # the two as one
     held = copies.held_bytes()
+    assert held == whole_bytes + 8 * len(order)
     at = torch.arange(len(order))
     for side in DIMS:  # read where they lie, before anything moves
         assert torch.equal(copies.read(side, at, None, at), whole[side][order, :, at])

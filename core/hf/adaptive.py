@@ -123,8 +123,10 @@ class AdaptiveLayer(PackedLayer):
 
     def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
         """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
+        self._keep(query, key, scoring)
         outputs = []
         for tile in self._tiles(query, key, scoring, 0):
+            self._notice(tile)
             packed = tile.weights[..., : key.start]
             # tokens packed since the handle was issued are read exact
             packed = torch.nn.functional.pad(packed, (0, self.packed_tokens - key.start))
@@ -140,9 +142,9 @@ class AdaptiveLayer(PackedLayer):
 
     def observe(self, query: Tensor, key: LazyStates, scoring: Scoring) -> None:
         """Attention of the queries that the strategy wants to know about."""
-        noticed = self._noticed(query.shape[2])
-        for _ in self._tiles(query, key, scoring, query.shape[2] - noticed):
-            pass
+        self._keep(query, key, scoring)
+        for tile in self._tiles(query, key, scoring, query.shape[2] - self._noticed(query.shape[2])):
+            self._notice(tile)
 
     def settle(self) -> None:
         """Decide, if it is time to."""
@@ -278,13 +280,10 @@ class AdaptiveLayer(PackedLayer):
     # ---- looking ---------------------------------------------------------------------------------------------------
 
     def _tiles(self, query: Tensor, key: LazyStates, scoring: Scoring, first: int) -> Iterator["_Tile"]:
-        """Attention weights of the queries from `first` on, some at a time; what the strategy wants is noticed."""
+        """Attention weights of the queries from `first` on, some at a time."""
         queries, keys = query.shape[2], key.shape[2]
-        if self._measuring and self.formats is not None:
-            self._keep(query.detach(), keys, scoring.scaling)
         exact_key = key.rotated_exact()
         step = max(1, SCORE_NUMBERS // (query.shape[0] * query.shape[1] * keys))
-        unnoticed = queries - self._noticed(queries)
         for start in range(first, queries, step):
             stop = min(start + step, queries)
             view = scoring._replace(visibility=scoring.visibility.tile(start, stop))
@@ -300,10 +299,7 @@ class AdaptiveLayer(PackedLayer):
             if sink is not None:
                 # `weights` stands in for the mix: it is scaled alike
                 weights, maximum, total = with_sink(Partial(weights, maximum, total), sink)
-            tile = _Tile(start, stop, weights, maximum, total)
-            if stop > unnoticed:
-                self._notice(tile, max(start, unnoticed), keys - queries + stop)
-            yield tile
+            yield _Tile(start, stop, queries, keys, weights, maximum, total)
 
     def _packed_scores(self, lines: Tensor, packed: int, scoring: Scoring, queries: int) -> Tensor:
         pools = self.pools["key"]
@@ -323,8 +319,13 @@ class AdaptiveLayer(PackedLayer):
         ahead = self.strategy.interval + self.options.residual_length - self.tails["key"].length
         return max(0, min(queries, window - max(0, ahead)))
 
-    def _notice(self, tile: "_Tile", first: int, seen: int) -> None:
+    def _notice(self, tile: "_Tile") -> None:
+        """Show the strategy what it is to know of a tile's queries, if anything."""
+        first = max(tile.start, tile.queries - self._noticed(tile.queries))
+        if first >= tile.stop:
+            return
         shape = (-1, tile.stop - tile.start)
+        seen = tile.keys - tile.queries + tile.stop
         share = (tile.weights / tile.total.masked_fill(tile.total == 0, 1)).unflatten(2, shape)
         share = share[..., first - tile.start :, :seen].detach()
         if self._real is not None:
@@ -333,11 +334,14 @@ class AdaptiveLayer(PackedLayer):
         with torch.inference_mode(False), torch.no_grad():
             self.history.add(self.strategy.notice(share), seen)
 
-    def _keep(self, query: Tensor, keys: int, scaling: float) -> None:
+    def _keep(self, query: Tensor, key: LazyStates, scoring: Scoring) -> None:
         """Keep what the strategy notices of queries until it measures them; NaN where they are padding."""
+        if not self._measuring or self.formats is None:
+            return
+        keys = key.shape[2]
         with torch.inference_mode(False), torch.no_grad():
-            query = query[:, :, -MEASURED_QUERIES:]
-            rows = fold(query, self.kv_heads, scaling).unflatten(2, (-1, query.shape[2]))
+            query = query.detach()[:, :, -MEASURED_QUERIES:]
+            rows = fold(query, self.kv_heads, scoring.scaling).unflatten(2, (-1, query.shape[2]))
             noticed = self.strategy.notice_query(self.spec, rows)
             if noticed is None:
                 return
@@ -501,6 +505,10 @@ class _Tile(NamedTuple):
 
     start: int
     stop: int
+    queries: int
+    """Of the forward."""
+    keys: int
+    """Of the forward."""
     weights: Tensor
     maximum: Tensor
     total: Tensor

@@ -613,7 +613,7 @@ def test_a_deep_copy_goes_on_alone(model, walk, strategy):
     walk(model, cache, PADS, 60, -3)
     twin, third = copy.deepcopy(cache), copy.deepcopy(cache)
     assert twin._council is not cache._council
-    assert list(twin._council) == twin.packed_layers
+    assert twin._council.layers == twin.packed_layers
     expected = walk(model, cache, (0, 0, 0), -20, seed=2)
     assert torch.equal(walk(model, twin, (0, 0, 0), -20, seed=2), expected)
     third.truncate(3)
