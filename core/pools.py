@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.format import Format, row_bits
-from ..kernels.rows import decode_rows, encode_rows, half_dtype, recode_rows, row_ends, row_mix, row_scores
+from ..kernels.rows import decode_rows, encode_rows, recode_rows, row_ends, row_mix, row_scores
 
 ROWS = 32
 
@@ -32,7 +32,7 @@ class RowPools:
     def __init__(self, formats: tuple[Format, ...], owners: int, heads: int, dim: int, like: Tensor) -> None:
         self.formats = {row_bits(fmt): fmt for fmt in formats}
         self.heads, self.dim = heads, dim
-        self.dtype, self._half = like.dtype, half_dtype(like.dtype)
+        self.dtype = like.dtype
         self.widths = torch.empty(owners, 0, dtype=torch.uint8, device=like.device)
         """`[owners, tokens]`; 0: dropped."""
         self._pools: dict[int, _Pool] = {}

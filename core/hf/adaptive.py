@@ -133,11 +133,9 @@ class AdaptiveLayer(PackedLayer):
             mix = self._apart(self.pools["value"].mix(self._owned(packed)))
             exact = value.exact[:, :, : tile.weights.shape[-1] - key.start]
             mix = mix + tile.weights[..., key.start :] @ exact.to(mix.dtype)
-            # the sink is in the sum already
-            partial = Partial(mix, tile.maximum, tile.total)
-            outputs.append(
-                scoring._replace(s_aux=None).finish(partial, self.kv_heads, query[:, :, tile.start : tile.stop])
-            )
+            # a learned sink is in the total already
+            sums, rest = Partial(mix, tile.maximum, tile.total), scoring._replace(s_aux=None)
+            outputs.append(rest.finish(sums, self.kv_heads, query[:, :, tile.start : tile.stop]))
         return torch.cat(outputs, dim=2)
 
     def observe(self, query: Tensor, key: LazyStates, scoring: Scoring) -> None:
@@ -222,8 +220,22 @@ class AdaptiveLayer(PackedLayer):
             self.history.forget(max(0, (self.strategy.attention_window or 0) - self.strategy.interval))
 
     def _settled(self, widths: dict[Side, Tensor], real: Tensor) -> dict[Side, Tensor]:
-        """`widths`, checked, as the pools take them: uint8 `[owners, n]`."""
-        settled: dict[Side, Tensor] = {}
+        """`widths` as the pools take them, uint8 `[owners, n]`: nothing widens without a copy, sides drop alike."""
+        settled = self._checked(widths, real)
+        held = self.packed_tokens
+        if held and (self.host is None or self.host.lost):
+            for side, pools in self.pools.items():
+                old = pools.widths.unflatten(0, (real.shape[0], -1))
+                settled[side][..., :held] = torch.minimum(settled[side][..., :held], old)
+        sinks = self._sinks(real)
+        gone = ((settled["key"] == 0) | (settled["value"] == 0)) & ~sinks[:, None] | ~real[:, None]
+        for decided in settled.values():
+            decided.masked_fill_(sinks[:, None], 16).masked_fill_(gone, 0)
+        return {side: decided.flatten(0, 1) for side, decided in settled.items()}
+
+    def _checked(self, widths: dict[Side, Tensor], real: Tensor) -> dict[Side, Tensor]:
+        """A copy of `widths`, uint8 `[batch, owners of a row, n]`; raises ValueError for what the formats lack."""
+        checked: dict[Side, Tensor] = {}
         allowed = {side: [*self.pools[side].formats, *([0] if self.formats.drops else [])] for side in SIDES}
         owners = self.kv_heads if self._heads == 1 else 1
         if not isinstance(widths, dict) or widths.keys() != set(SIDES):
@@ -242,17 +254,8 @@ class AdaptiveLayer(PackedLayer):
                     f"{self.strategy.name!r} gave {side} widths {given.unique().tolist()}, its formats have "
                     f"{allowed[side]}"
                 )
-            settled[side] = given.expand(-1, owners, -1).clone()
-        held = self.packed_tokens
-        if held and (self.host is None or self.host.lost):
-            for side, pools in self.pools.items():
-                old = pools.widths.unflatten(0, (real.shape[0], -1))
-                settled[side][..., :held] = torch.minimum(settled[side][..., :held], old)
-        sinks = self._sinks(real)
-        gone = ((settled["key"] == 0) | (settled["value"] == 0)) & ~sinks[:, None] | ~real[:, None]
-        for decided in settled.values():
-            decided.masked_fill_(sinks[:, None], 16).masked_fill_(gone, 0)
-        return {side: decided.flatten(0, 1) for side, decided in settled.items()}
+            checked[side] = given.expand(-1, owners, -1).clone()
+        return checked
 
     def _sinks(self, real: Tensor) -> Tensor:
         """Which tokens `[batch, n]` are the first real ones of their row."""

@@ -119,7 +119,6 @@ NEVER = 10_000
 def exact_rows(monkeypatch):
     """Rows of 16 bits have the model's own dtype: then nothing is lost, whatever was packed."""
     monkeypatch.setattr(rows_module, "half_dtype", lambda dtype: dtype)
-    monkeypatch.setattr(pools_module, "half_dtype", lambda dtype: dtype)
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def _accounted(line: Line, shape: Geometry, beside: Geometry) -> list[str]:
         f"{parts.codes + parts.exact:.2f}",
         f"{parts.scales:.2f}",
         f"{parts.outliers:.2f}",
-        f"{parts.widths + parts.history:.2f}",
+        f"{parts.widths:.2f}",
     ]
 
 

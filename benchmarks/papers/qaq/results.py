@@ -69,13 +69,11 @@ class Parts(_Record):
     """Values and indices."""
     widths: float
     """Tags of tokens, and what decisions need to know about them."""
-    history: float
-    """Scores that wait for the next decision."""
 
     @property
     def metadata(self) -> float:
         """All but codes and exact rows."""
-        return self.scales + self.outliers + self.widths + self.history
+        return self.scales + self.outliers + self.widths
 
 
 class Line(_Record):
@@ -182,7 +180,7 @@ def parts_of(report: MemoryReport) -> Parts:
     """Bits per number of the packed part, kind by kind; they add up to the packed bits."""
     unpacked = sum(report.rows.get(name, 0) for name in ("tail", "sinks"))
     packed = report.elements * (1 - unpacked / report.exact_bytes)
-    names = {"codes": "codes", "exact": "exact", "scales": "scales", "outliers": "outliers", "history": "history"}
+    names = {"codes": "codes", "exact": "exact", "scales": "scales", "outliers": "outliers"}
     sizes = dict.fromkeys([*names, "widths"], 0.0)
     for name, size in report.rows.items():
         if name not in UNPACKED_ROWS and packed > 0:
