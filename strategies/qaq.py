@@ -21,7 +21,7 @@ Profile = Literal["paper", "repository"]
 
 PACKED_WIDTHS: tuple[Bits, ...] = (2, 3, 4, 8)
 QUERY_QUANTILE = 0.9
-"""The bound on keys is to hold for nine queries of ten (paper, section 3.2)."""
+"""The bound on keys is to hold for nine queries of ten, as in the paper."""
 REPOSITORY_QUERY_NORM = 300.0
 """Of every model in the published code; here also where no query was seen, which is careful."""
 
@@ -231,7 +231,7 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
 
 
 def key_deviation(sigma: float, query_norm: Tensor, tokens: Tensor) -> Tensor:
-    """Standard deviation that keys may have, so that a score's is at most `sigma` (paper, section 3.2).
+    """Standard deviation that keys may have, so that a score's is at most `sigma`: the paper's bound on keys.
 
     query_norm: squared norm of scaled queries: the paper leaves `1 / sqrt(head_dim)` out, here it is part of them.
     tokens: how many there are. One alone has score 1 whatever its key: any deviation will do.
