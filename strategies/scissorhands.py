@@ -26,7 +26,7 @@ class Scissorhands(AdaptiveStrategy):
 
     keep: float = Field(default=0.2, gt=0, le=1, description="Share of the tokens so far that stay.")
     recent: int = Field(default=10, ge=0, description="Newest tokens that stay whatever their attention.")
-    window: int = Field(default=64, ge=1, le=512, description="Newest queries that are asked; 400 in the paper.")
+    window: int = Field(default=64, ge=1, le=512, description="Newest queries that are asked.")
 
     def cache_options(self) -> dict[str, Any]:
         """No tail beside the newest tokens of the budget, which it would exceed in short texts."""

@@ -1,5 +1,6 @@
 """One layer of the packed cache, as transformers and attention see it; how tokens are packed is its subclasses'."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -179,13 +180,13 @@ class PackedLayer(CacheLayerMixin):
 
     # ---- what attention reads --------------------------------------------------------------------------------------
 
+    @abstractmethod
     def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
         """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
-        raise NotImplementedError("a layer that packs is asked")
 
+    @abstractmethod
     def dequantize(self, side: Side, packed: int) -> Tensor:
         """The first `packed` tokens of one side, all of them packed, dense in the model's dtype, keys after RoPE."""
-        raise NotImplementedError("a layer that packs is asked")
 
     def observe(self, query: Tensor, key: LazyStates, scoring: Scoring) -> None:
         """Told the query of a forward that finds all it may see exact, for layers that look at attention."""
@@ -288,9 +289,9 @@ class PackedLayer(CacheLayerMixin):
         self.tails["value"].append(value_states)
         return {side: self.tails[side].read() for side in SIDES}
 
+    @abstractmethod
     def _cut_packed(self, length: int) -> None:
         """Keep the first `length` tokens, fewer than are packed."""
-        raise NotImplementedError("a layer that packs is asked")
 
     def _require_same(self, states: Tensor, side: Side) -> None:
         self.require_batch(states.shape[0])
