@@ -2,7 +2,12 @@
 
 The samples are those of KVQuant's keys in the reference model: numbers on their grids, weighted by squared gradient
 times squared grid width. `extra_info` holds each codebook's objective on the samples, relative to the exact solver's.
+Beside them, moving levels to the grid that kernels read, and what that adds to the exact objective: mean and largest
+share over all layers and sides.
 """
+
+from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +19,7 @@ from cachequant.benchmarks.corpus import stdlib_text
 from cachequant.core.calibration.kmeans import objective, weighted_kmeans
 from cachequant.core.calibration.statistics import BINS, bin_centres, static_grid
 from cachequant.core.hf.taps import TapCache
-from cachequant.kernels.quantize import normalise
+from cachequant.kernels.quantize import Tables, normalise
 
 WINDOWS, LENGTH, LAYER = 4, 1024, 3
 
@@ -33,14 +38,29 @@ def scikit_learn(points: Tensor, weights: Tensor, clusters: int) -> Tensor:
     return torch.from_numpy(model.cluster_centers_[:, 0])
 
 
+class Calibrated(NamedTuple):
+    """The reference model, what it was calibrated on, `[windows, length]`, and KVQuant so calibrated."""
+
+    model: Any
+    windows: Tensor
+    strategy: Any
+
+
 @pytest.fixture(scope="module")
-def samples() -> tuple[Tensor, Tensor]:
-    """Normalised keys of one layer and their weights, both `[samples]` float32."""
+def calibrated() -> Calibrated:
+    """With default settings."""
     model, tokenizer = reference.load()
     model.requires_grad_(False)
     ids = torch.tensor(tokenizer(stdlib_text("train").text[:100_000], verbose=False).input_ids)
     windows = ids[: WINDOWS * LENGTH].view(WINDOWS, LENGTH)
     strategy = registry.get("kvquant")().calibrate(model, None, windows, samples=WINDOWS, heldout=0)
+    return Calibrated(model, windows, strategy)
+
+
+@pytest.fixture(scope="module")
+def samples(calibrated: Calibrated) -> tuple[Tensor, Tensor]:
+    """Normalised keys of one layer and their weights, both `[samples]` float32."""
+    model, windows, strategy = calibrated
     points, weights = [], []
 
     def observe(layer, side, states, gradient):
@@ -75,3 +95,16 @@ def test_codebook(benchmark, samples, solver, binned, bits):
     cost = objective(*samples, centres)
     exact = objective(*samples, weighted_kmeans(*histogram(*samples), 2**bits))
     benchmark.extra_info.update(bits=bits, objective=cost, relative_to_exact=cost / exact)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_grid(benchmark, calibrated, bits):
+    benchmark.group = "codebook to its grid"
+    centres, adds = bin_centres(), []
+    for layer, side in product(range(calibrated.model.config.num_hidden_layers), ("key", "value")):
+        mass = calibrated.strategy.calibration.of(layer, side).mass("fisher-scaled")
+        fit = weighted_kmeans(centres, mass, 2**bits)
+        points = Tables(codebook=fit).codebook
+        adds.append(objective(centres, mass, points) / objective(centres, mass, fit) - 1)
+    benchmark(lambda: Tables(codebook=fit))
+    benchmark.extra_info.update(bits=bits, grid_adds=sum(adds) / len(adds), grid_adds_at_most=max(adds))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .hf.attach import attach, detach
     from .hf.cache import PackedCache
     from .hf.simulate import SimulatedCache
+    from .hf.static import StaticPackedCache
 
 __all__ = [
     "AdaptiveStrategy",
@@ -26,6 +27,7 @@ __all__ = [
     "PackedCache",
     "Side",
     "SimulatedCache",
+    "StaticPackedCache",
     "Strategy",
     "Tables",
     "Width",
@@ -35,7 +37,13 @@ __all__ = [
 ]
 
 # transformers takes seconds to import; plugins and `cachequant list` do not need it
-_LAZY = {"PackedCache": "cache", "SimulatedCache": "simulate", "attach": "attach", "detach": "attach"}
+_LAZY = {
+    "PackedCache": "cache",
+    "SimulatedCache": "simulate",
+    "StaticPackedCache": "static",
+    "attach": "attach",
+    "detach": "attach",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,28 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
+from ..kernels import backend
 from ..kernels.format import Format, row_bits
-from ..kernels.rows import decode_rows, encode_rows, recode_rows, row_ends, row_mix, row_scores
+from ..kernels.rows import (
+    Run,
+    decode_rows,
+    encode_rows,
+    recode_rows,
+    row_ends,
+    row_mix,
+    row_scores,
+    run_mix,
+    run_scores,
+    runs_served,
+)
 
 ROWS = 32
 
 # numbers that are unpacked or encoded at a time
 CHUNK_NUMBERS = 1 << 20
+
+# queries or weights per head from which on decoding rows costs less than the small products of pools
+MANY_LINES = 128
 
 Exact = Callable[[Tensor, Tensor], Tensor]
 """Owners and tokens, both `[n]`, to the exact states `[n, numbers]`."""
@@ -51,6 +66,14 @@ class RowPools:
 
     def scores(self, query: Tensor) -> Tensor:
         """Dot products `[owners, heads, R, tokens]` with `query [owners, heads, R, dim]`; -inf where dropped."""
+        runs = self._runs(query)
+        if runs is not None:
+            return run_scores(query, runs, self.tokens).to(query.dtype)
+        if query.shape[2] >= MANY_LINES:
+            scores = query.new_empty(*query.shape[:3], self.tokens)
+            for tokens, states in self._decoded(query.dtype):
+                scores[..., tokens] = query @ self._apart(states).transpose(-1, -2)
+            return scores.masked_fill_((self.widths == 0)[:, None, None], -torch.inf)
         heads, lines = query.shape[1:3]
         parts = []
         for fmt, pool in self._filled():
@@ -63,6 +86,14 @@ class RowPools:
 
     def mix(self, weights: Tensor) -> Tensor:
         """Sums of rows `[owners, heads, R, dim]`, weighted by `weights [owners, heads, R, tokens]`."""
+        runs = self._runs(weights)
+        if runs is not None:
+            return run_mix(weights, runs, self.dim).to(weights.dtype)
+        if weights.shape[2] >= MANY_LINES:
+            mixed = weights.new_zeros(*weights.shape[:3], self.dim)
+            for tokens, states in self._decoded(weights.dtype):
+                mixed += weights[..., tokens] @ self._apart(states)
+            return mixed
         heads, lines = weights.shape[1:3]
         placed = weights.new_zeros(heads * lines, self._capacity() + 1)
         slots = self._slots().flatten().expand(len(placed), -1)
@@ -79,14 +110,9 @@ class RowPools:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The states `[owners, tokens, heads * dim]`; zeros where dropped."""
-        states = torch.zeros(*self.widths.shape, self.numbers, dtype=dtype, device=self.widths.device)
-        for width, pool in self._pools.items():
-            here = self.widths == width
-            places = pool.places(here)[here]
-            for index in _pieces(here, self.numbers):
-                rows = pool.take(places[: len(index[0])])
-                states[index] = decode_rows(rows, self.formats[width], self.numbers, dtype)
-                places = places[len(index[0]) :]
+        states = torch.empty(*self.widths.shape, self.numbers, dtype=dtype, device=self.widths.device)
+        for tokens, piece in self._decoded(dtype):
+            states[:, tokens] = piece
         return states
 
     def ends(self, trim: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +191,7 @@ class RowPools:
         """Bytes by kind of the rows that hold a token, and of what says where they are."""
         sizes = {"widths": self.widths.untyped_storage().nbytes()}
         for width, pool in self._pools.items():
-            sizes["widths"] += pool.owner.untyped_storage().nbytes()
+            sizes["widths"] += sum(tensor.untyped_storage().nbytes() for tensor in pool.places_held())
             count = int((self.widths == width).sum())
             for name, tensor in pool.rows.items():
                 sizes[name] = sizes.get(name, 0) + count * tensor[0, 0].numel() * tensor.element_size()
@@ -177,7 +203,7 @@ class RowPools:
 
     def tensors(self) -> list[Tensor]:
         """All tensors held."""
-        pools = [tensor for pool in self._pools.values() for tensor in (pool.owner, *pool.rows.values())]
+        pools = [tensor for pool in self._pools.values() for tensor in (*pool.places_held(), *pool.rows.values())]
         return [self.widths, *pools]
 
     def state(self) -> dict[str, Tensor]:
@@ -202,6 +228,15 @@ class RowPools:
     def _filled(self) -> Iterator[tuple[Format, "_Pool"]]:
         return ((self.formats[width], pool) for width, pool in self._pools.items())
 
+    def _runs(self, lines: Tensor) -> list[Run] | None:
+        """The pools as kernels read them; None where none serves such queries or weights."""
+        if not runs_served(lines, self.formats.values(), self.dim):
+            return None
+        runs = [pool.run(fmt) for fmt, pool in self._filled()]
+        found = [run for run in runs if run is not None]
+        # an index is missing where no kernel served when a pool was made
+        return found if len(found) == len(runs) else None
+
     def _capacity(self) -> int:
         return sum(pool.capacity for pool in self._pools.values())
 
@@ -214,6 +249,27 @@ class RowPools:
             slots = torch.where(here, pool.places(here) + start, slots)
             start += pool.capacity
         return slots
+
+    def _decoded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The states `[owners, n, heads * dim]` of some tokens at a time, zeros where dropped."""
+        owners, count = self.widths.shape
+        slots = self._slots()
+        step = max(1, CHUNK_NUMBERS // max(1, owners * self.numbers))
+        for start in range(0, count, step):
+            tokens = slice(start, min(start + step, count))
+            widths = self.widths[:, tokens]
+            states = torch.zeros(*widths.shape, self.numbers, dtype=dtype, device=widths.device)
+            first = 0
+            for width, pool in self._pools.items():
+                here = widths == width
+                rows = pool.take(slots[:, tokens][here] - first)
+                states[here] = decode_rows(rows, self.formats[width], self.numbers, dtype)
+                first += pool.capacity
+            yield tokens, states
+
+    def _apart(self, states: Tensor) -> Tensor:
+        """States `[owners, n, heads * dim]` by head, `[owners, heads, n, dim]`."""
+        return states.unflatten(-1, (self.heads, self.dim)).transpose(1, 2)
 
     def _rows_at_a_time(self, lines: int) -> int:
         return max(ROWS, CHUNK_NUMBERS // max(self.numbers, lines * self.heads))
@@ -232,16 +288,46 @@ class _Pool:
         self, here: Tensor, like: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
     ) -> None:
         blocks = -(-here.sum(1) // ROWS)
-        self._owners = len(blocks)
-        self.owner = torch.arange(self._owners, device=here.device).repeat_interleave(blocks)
+        counts = blocks.tolist()
+        self._owners = len(counts)
+        self._most = max(counts, default=0) * ROWS
+        owners = torch.arange(self._owners, device=here.device)
+        self.owner = owners.repeat_interleave(blocks, output_size=sum(counts))
+        self._index = self._indexed(here, blocks) if backend.triton_serves(here.device) else None
         self.rows = rows or {
             name: tensor.new_zeros(len(self.owner), ROWS, *tensor.shape[1:]) for name, tensor in (like or {}).items()
         }
+        self._peak = 0.0
+        if rows:
+            self._note_peak(rows)
 
     @property
     def capacity(self) -> int:
         """Rows, empty ones included."""
         return self.owner.shape[0] * ROWS
+
+    def _indexed(self, here: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """`Run.starts` and `Run.tokens`."""
+        starts = torch.nn.functional.pad(blocks.cumsum(0), (1, 0)) * ROWS
+        tokens = torch.full((self.capacity,), -1, dtype=torch.int32, device=here.device)
+        tokens[self.places(here)[here]] = here.nonzero()[:, 1].int()
+        return starts.int(), tokens
+
+    def run(self, fmt: Format) -> Run | None:
+        """All rows as kernels read them; None without the index they need."""
+        if self._index is None:
+            return None
+        rows = {name: tensor.flatten(0, 1) for name, tensor in self.rows.items()}
+        return Run(fmt, rows, *self._index, self._most, self._peak)
+
+    def _note_peak(self, rows: dict[str, Tensor]) -> None:
+        """Kept where kernels may ask: they must not wait for the device."""
+        if self._index is not None and rows.get("outlier_value", self.owner[:0]).numel():
+            self._peak = max(self._peak, float(rows["outlier_value"].abs().max()))
+
+    def places_held(self) -> list[Tensor]:
+        """What says where rows are."""
+        return [self.owner, *(self._index or ())]
 
     def places(self, here: Tensor) -> Tensor:
         """Which row of the pool a token lies in, `[owners, tokens]`, where `here`; elsewhere anything."""
@@ -259,6 +345,7 @@ class _Pool:
 
     def put(self, places: Tensor, rows: dict[str, Tensor]) -> None:
         """Write rows `[n, ...]` at `places [n]`."""
+        self._note_peak(rows)
         for name, tensor in rows.items():
             self.rows[name].flatten(0, 1)[places] = tensor
 

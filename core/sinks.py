@@ -42,7 +42,7 @@ class Sinks:
         valid = None if validity is None else validity.expand(batch, -1)[:, past : past + tokens]
         if not self.count:
             return self, valid
-        first = self._first_real(past, validity, batch)
+        first = self.first_real(past, validity, batch)
         local = _positions(self.count, first, batch, leaving["key"].device) - past
         entering = (local >= 0) & (local < tokens)
         states = {}
@@ -56,6 +56,16 @@ class Sinks:
             is_sink = (torch.arange(tokens, device=local.device)[None, :, None] == local[:, None, :]).any(-1)
             valid = ~is_sink if valid is None else valid & ~is_sink
         return Sinks(self.count, first, states), valid
+
+    def first_real(self, past: int, validity: Tensor | None, batch: int) -> Tensor | None:
+        """`first` once tokens from index `past` on leave the exact tail; arguments as for `advance`."""
+        known = self.first if past else None
+        if validity is None or (past and known is None):
+            return known
+        validity = validity.expand(batch, -1)
+        found = torch.where(validity.any(-1), validity.int().argmax(-1), validity.shape[-1])
+        # a row that had begun before keeps its beginning, whatever this forward's mask hides
+        return found if known is None else torch.where(known < past, known, found)
 
     def covers(self, start: int, stop: int) -> Tensor | None:
         """Packed tokens of `[start, stop)` that the sinks replace, or that precede them: bool `[batch, n]`, or None."""
@@ -82,15 +92,6 @@ class Sinks:
         """Bytes of the storages."""
         held = [*self.states.values(), *([] if self.first is None else [self.first])]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
-
-    def _first_real(self, past: int, validity: Tensor | None, batch: int) -> Tensor | None:
-        known = self.first if past else None
-        if validity is None or (past and known is None):
-            return known
-        validity = validity.expand(batch, -1)
-        found = torch.where(validity.any(-1), validity.int().argmax(-1), validity.shape[-1])
-        # a row that had begun before keeps its beginning, whatever this forward's mask hides
-        return found if known is None else torch.where(known < past, known, found)
 
 
 def _positions(count: int, first: Tensor | None, batch: int, device: torch.device) -> Tensor:

@@ -140,7 +140,7 @@ def _numbers(packed: dict[str, Tensor], fmt: Format, tables: Tables, dtype: torc
 
 def softmax_weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     maximum = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - maximum.masked_fill(maximum == -torch.inf, 0))
+    weights = (scores - maximum.masked_fill(maximum == -torch.inf, 0)).exp_()
     return weights, maximum, weights.sum(-1, keepdim=True)
 
 

@@ -6,18 +6,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .format import Format, Side
+from .backend import triton_serves, warn_once
+from .checks import require_buffers, require_decodable, require_encodable
+from .format import Format, Side, row_words
 from .packing import pack, unpack
 from .rotation import hadamard_rotate
 
 FLOAT16_MAX = 65504.0
+MIDDLE_STEP = 63
+LAST_STEP = 2 * MIDDLE_STEP
+_ON_GRID = tuple((2**bits,) for bits in (2, 3, 4))
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Fitted numbers of one side of one layer, shared by all tokens.
+class Steps:
+    """A codebook by its grid: level `c` is `first + step * index[c]`, to float32 rounding."""
 
-    codebook: `[2**bits]` ascending levels, float32, for `codes="codebook"`.
+    index: Tensor
+    """int32 `[2**bits]`, ascending from 0 to `LAST_STEP`."""
+    step: Tensor
+    """Scalar, dtype of the codebook."""
+    first: Tensor
+    """Scalar, dtype of the codebook."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Fitted numbers of one side of one layer, shared by all tokens. Equal only to themselves.
+
+    codebook: `[2**bits]` ascending levels, float32, for `codes="codebook"`. Up to 4 bits they lie on a grid of 127
+        points from the first level to the last, so that kernels look up bytes: whatever is given is moved to the
+        nearest point. The two ends, the middle between them, symmetry, and what is on the grid stay bitwise. Levels
+        closer than a step may merge: of such codes, which decode alike, the first takes numbers up to the level and
+        the last those above.
     scale, zero: `[kv_heads, head_dim]` float32, for `scale="static"`.
     sensitivity: `[kv_heads, head_dim]` float32, what an error in a channel costs: keys' outlier slots go where error
         times sensitivity is largest; without it, to the largest errors.
@@ -30,6 +51,16 @@ class Tables:
     sensitivity: Tensor | None = None
     gain: Tensor | None = None
     offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.codebook is not None and self.codebook.shape in _ON_GRID:
+            object.__setattr__(self, "codebook", _on_grid(self.codebook))
+
+    def steps(self) -> Steps:
+        """The codebook of 2, 3 or 4 bits as points of its grid; raises ValueError without one."""
+        if self.codebook is None or self.codebook.shape not in _ON_GRID:
+            raise ValueError("only tables with a codebook of 2, 3 or 4 bits have steps")
+        return _steps(self.codebook)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are set, by name."""
@@ -44,18 +75,106 @@ class Tables:
 NO_TABLES = Tables()
 
 
+def _steps(codebook: Tensor) -> Steps:
+    first, last = codebook[0], codebook[-1]
+    # a factor, because a quotient by a number is rounded otherwise on CUDA than on CPU
+    step = (last - first) * (1 / LAST_STEP)
+    # from the middle, seen from both ends, so that levels of opposite signs are rounded alike
+    from_middle = ((codebook - first) - (last - codebook)) / (2 * step)
+    index = torch.where(step > 0, from_middle.round() + MIDDLE_STEP, 0)
+    return Steps(index.to(torch.int32), step, first)
+
+
+def _on_grid(codebook: Tensor) -> Tensor:
+    steps, last = _steps(codebook), codebook[-1]
+    upwards = steps.first + steps.step * steps.index
+    downwards = last - steps.step * (LAST_STEP - steps.index)
+    # from the nearer end, which then stays bitwise, as the middle does
+    levels = torch.where(steps.index < MIDDLE_STEP, upwards, downwards)
+    return torch.where(steps.index == MIDDLE_STEP, (steps.first + last) / 2, levels)
+
+
+def packed_shapes(
+    fmt: Format, side: Side, head_dim: int, block: int, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What `encode` returns of states of `dtype`: per tensor what follows `[batch, kv_heads, blocks]`, and its type."""
+    if fmt.codes == "exact":
+        return {"exact": ((block, head_dim), dtype)}
+    rows, length = (block, head_dim) if side == "key" else (head_dim, block)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((rows, row_words(length, fmt.bits)), torch.int32)
+    }
+    numbers = 1 if fmt.symmetric else 2
+    if fmt.scale == "token":
+        shapes["scales"] = ((block, fmt.groups(head_dim), numbers), torch.float16)
+    elif fmt.scale == "channel":
+        shapes["scales"] = ((head_dim, numbers), torch.float16)
+    if fmt.outliers:
+        shapes["outlier_index"] = ((rows, fmt.outliers), torch.int16)
+        shapes["outlier_value"] = ((rows, fmt.outliers), torch.float16)
+    return shapes
+
+
 def encode(
-    states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None = None, tables: Tables = NO_TABLES
+    states: Tensor,
+    fmt: Format,
+    side: Side,
+    block: int,
+    valid: Tensor | None = None,
+    tables: Tables = NO_TABLES,
+    out: dict[str, Tensor] | None = None,
+    at: Tensor | None = None,
+    when: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Quantize and pack whole blocks.
 
     states: `[batch, kv_heads, tokens, head_dim]`, tokens a multiple of `block`; any float dtype.
     valid: bool `[batch, tokens]`; tokens marked False (padding, sinks) are kept out of per-channel statistics and
         take no outlier slot.
+    out: contiguous tensors `[batch, kv_heads, capacity, ...]` of `packed_shapes` to write the blocks to, and return.
+    at: one integer on the device of `states`: the block of `out` to write first; None: 0. Nothing is written if the
+        blocks do not fit from there on.
+    when: one integer on that device: nothing is written if it is 0.
 
     Returns tensors `[batch, kv_heads, blocks, ...]` by kind: `codes` int32, `scales` float16 (scale, zero),
-    `outlier_index` int16 and `outlier_value` float16; or `exact` in the dtype of `states`.
+    `outlier_index` int16 and `outlier_value` float16; or `exact` in the dtype of `states`. Nothing waits for the
+    device, so that a CUDA graph can be captured. Raises ValueError for arguments that do not fit each other.
     """
+    require_encodable(states, block, valid, tables.tensors())
+    require_buffers(out, at, when, states, block, packed_shapes(fmt, side, states.shape[-1], block, states.dtype))
+    if fmt.codes != "exact" and triton_serves(states.device):
+        _require_tables(fmt, tables)
+        from .triton import encode as kernels
+
+        problem = kernels.unserved(fmt, side, states.shape[-1], block, tables)
+        if problem is None:
+            return kernels.encode(states, fmt, side, block, valid, tables, out, at, when)
+        warn_once(f"the Triton kernels do not encode {problem}; it is done by torch, which is slower")
+    packed = _encode(states, fmt, side, block, valid, tables)
+    return packed if out is None else _written(packed, out, at, when)
+
+
+def _written(
+    packed: dict[str, Tensor], out: dict[str, Tensor], at: Tensor | None, when: Tensor | None
+) -> dict[str, Tensor]:
+    for name, tensor in packed.items():
+        blocks, capacity = tensor.shape[2], out[name].shape[2]
+        if at is None and when is None:
+            out[name][:, :, :blocks] = tensor
+            continue
+        first = 0 if at is None else at
+        index = torch.arange(blocks, device=tensor.device) + first
+        written = (index >= 0).all() & (index < capacity).all()
+        if when is not None:
+            written = written & (when != 0)
+        index = index.clamp(0, capacity - 1)
+        out[name].index_copy_(2, index, torch.where(written, tensor, out[name].index_select(2, index)))
+    return out
+
+
+def _encode(
+    states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None, tables: Tables
+) -> dict[str, Tensor]:
     if fmt.codes == "exact":
         return {"exact": states.unflatten(2, (-1, block)).contiguous()}
     keep = _blockwise(valid, block)
@@ -161,6 +280,18 @@ def decode(
     """The states `[batch, kv_heads, tokens, head_dim]` that packed blocks stand for, in their original basis."""
     if fmt.codes == "exact":
         return packed["exact"].flatten(2, 3).to(dtype)
+    require_decodable(packed, packed_shapes(fmt, side, head_dim, block), tables.tensors())
+    if triton_serves(packed["codes"].device):
+        _require_tables(fmt, tables)
+        from .triton import unpack as kernels
+
+        problem = kernels.unserved(fmt, side, head_dim, block, tables)
+        if problem is None:
+            if fmt.rotation == "none":
+                return kernels.decode(packed, fmt, side, head_dim, block, tables, dtype)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            return hadamard_rotate(kernels.decode(packed, fmt, side, head_dim, block, tables, wide)).to(dtype)
+        warn_once(f"the Triton kernels do not decode {problem}; it is done by torch, which is slower")
     x = decode_rows(packed, fmt, side, head_dim, block, tables, dtype)
     x = x if side == "key" else x.transpose(-1, -2)
     if fmt.rotation == "hadamard":
@@ -338,6 +469,13 @@ def _static_grid(tables: Tables) -> tuple[Tensor, Tensor]:
     if tables.scale is None or tables.zero is None:
         raise ValueError("scale='static' needs tables with scale and zero; return them from the strategy's tables()")
     return tables.scale[:, None, None, None], tables.zero[:, None, None, None]
+
+
+def _require_tables(fmt: Format, tables: Tables) -> None:
+    if fmt.scale == "static":
+        _static_grid(tables)
+    if fmt.codes == "codebook":
+        _codebook(tables, fmt)
 
 
 def _codebook(tables: Tables, fmt: Format) -> Tensor:

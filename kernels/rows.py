@@ -4,15 +4,32 @@ The formats are those of `MixedFormat`. Rows are lists of named tensors with any
 they are encoded, `[blocks, rows, ...]` where attention reads them. Keys and values have the same layout.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import quantize
+from . import backend, quantize
 from .format import Format, row_bits
 from .packing import pack, unpack
 from .quantize import FLOAT16_MAX, NO_TABLES
+
+
+class Run(NamedTuple):
+    """Rows of one width of several owners, those of one after those of another."""
+
+    fmt: Format
+    rows: Mapping[str, Tensor]
+    """As `encode_rows` gives them, `[n, ...]` contiguous."""
+    starts: Tensor
+    """Where each owner's rows start and the last one's end, int32 `[owners + 1]`."""
+    tokens: Tensor
+    """Which token of its owner a row is, int32 `[n]`; -1: it is empty."""
+    most: int
+    """Rows of the owner that has most."""
+    peak: float
+    """The largest outlier value, whatever its sign; 0 where there is none."""
 
 
 def half_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,6 +128,46 @@ def row_mix(weights: Tensor, rows: Mapping[str, Tensor], fmt: Format, dim: int) 
     if scale is None or zero is None:
         return weights @ levels
     return (weights * scale) @ levels + (weights * zero).sum(-1, keepdim=True)
+
+
+def runs_served(lines: Tensor, formats: Collection[Format], dim: int) -> bool:
+    """Whether `run_scores` and `run_mix` take queries or weights `lines [owners, heads, ...]` and such rows.
+
+    Says once what keeps them from it on a device that kernels serve.
+    """
+    if not backend.triton_serves(lines.device):
+        return False
+    from .triton import rows as kernels
+
+    problems = [kernels.unserved(row_bits(fmt), lines.shape[1], dim) for fmt in formats]
+    if lines.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        problems.append(f"attention in {lines.dtype}")
+    if lines.requires_grad and torch.is_grad_enabled():
+        problems.append("gradients")
+    for problem in filter(None, problems):
+        backend.warn_once(f"rows of mixed widths: no kernel for {problem}; reading them with torch, slower")
+        return False
+    return True
+
+
+def run_scores(query: Tensor, runs: Sequence[Run], tokens: int) -> Tensor:
+    """Dot products float32 `[owners, heads, R, tokens]` with `query [owners, heads, R, dim]`; -inf where no row is.
+
+    Only where `runs_served`.
+    """
+    from .triton import rows as kernels
+
+    return kernels.scores(query, runs, tokens)
+
+
+def run_mix(weights: Tensor, runs: Sequence[Run], dim: int) -> Tensor:
+    """Sums of rows float32 `[owners, heads, R, dim]`, weighted by `weights [owners, heads, R, tokens]`.
+
+    Only where `runs_served`.
+    """
+    from .triton import rows as kernels
+
+    return kernels.mix(weights, runs, dim)
 
 
 def _levels(

@@ -94,6 +94,19 @@ def test_only_core_hf_imports_transformers_in_a_running_program():
     assert not offences
 
 
+def test_only_the_kernels_know_triton():
+    # where it is missing, old or broken, everything else has to work; kernels/backend.py finds out
+    offences = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for folder in MAY_IMPORT
+        for path in sources(folder)
+        if ROOT / "kernels" / "triton" not in path.parents
+        for line, name in imports(path)
+        if within(name, "triton") or (folder != "kernels" and within(name, "cachequant.kernels.triton"))
+    ]
+    assert not offences
+
+
 def test_hook_specifications_import_only_pluggy_and_the_standard_library():
     # strategies import them while the registry is importing strategies
     for _, name in imports(ROOT / "registry" / "hookspecs.py"):

@@ -268,10 +268,44 @@ def test_reading_and_packing_some_rows_at_a_time_is_the_same(owners, monkeypatch
     pieces.assert_full()
 
 
+@pytest.mark.parametrize("grid", ["midpoint", "midpoint-outliers"])
+@pytest.mark.parametrize("heads", [1, 2], ids="heads={}".format)
+@pytest.mark.parametrize("owners", [1, 3], ids="owners={}".format)
+def test_many_queries_are_answered_as_few_are(owners, heads, grid, monkeypatch):
+    model = Model(owners, heads, grid)
+    model.decide(model.random_widths(70))
+    many = pools_module.MANY_LINES
+    query = torch.randn(owners, heads, many, DIM, generator=model.generator, dtype=torch.float64)
+    weights = torch.rand(owners, heads, many, 70, generator=model.generator, dtype=torch.float64)
+    few = model.pools.scores(query[:, :, :-1]), model.pools.mix(weights[:, :, :-1])
+    # a few tokens at a time
+    monkeypatch.setattr(pools_module, "CHUNK_NUMBERS", 1000)
+    torch.testing.assert_close(model.pools.scores(query)[:, :, :-1], few[0])
+    torch.testing.assert_close(model.pools.mix(weights)[:, :, :-1], few[1])
+
+
+@pytest.mark.parametrize("lines", [3, pools_module.MANY_LINES], ids="lines={}".format)
+def test_gradients_reach_queries_and_weights(lines):
+    model = Model(owners=2)
+    model.decide(model.random_widths(40))
+    query = torch.randn(2, 1, lines, DIM, requires_grad=True)
+    scores = model.pools.scores(query)
+    scores.masked_fill(scores == -torch.inf, 0).sum().backward()
+    expected = model.dense().sum(1)[:, None, None].expand(query.shape)
+    torch.testing.assert_close(query.grad.double(), expected, rtol=1e-4, atol=1e-4)
+    weights = torch.rand(2, 1, lines, 40, requires_grad=True)
+    model.pools.mix(weights).sum().backward()
+    expected = model.dense().sum(2)[:, None, None].expand(weights.shape)
+    torch.testing.assert_close(weights.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_pools_of_no_tokens_are_read():
     pools = RowPools(formats(), 2, 1, DIM, torch.empty(0))
     assert pools.scores(torch.ones(2, 1, 3, DIM)).shape == (2, 1, 3, 0)
     assert torch.equal(pools.mix(torch.ones(2, 1, 3, 0)), torch.zeros(2, 1, 3, DIM))
+    many = pools_module.MANY_LINES
+    assert pools.scores(torch.ones(2, 1, many, DIM)).shape == (2, 1, many, 0)
+    assert torch.equal(pools.mix(torch.ones(2, 1, many, 0)), torch.zeros(2, 1, many, DIM))
     assert pools.dense(torch.float32).shape == (2, 0, DIM)
     assert [end.shape for end in pools.ends(0)] == [(2, 0)] * 2
     assert pools.truncated(0).tokens == 0

@@ -106,7 +106,7 @@ def _set_implementation(model: PreTrainedModel, name: str | None) -> None:
 
 def _before_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tell the layer about padding and, where keys are stored before RoPE, swap the position embeddings."""
-    bound = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    bound = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
     cache_name = "past_key_values" if "past_key_values" in bound else "layer_past"
     layers = getattr(bound.get(cache_name), "layers", ())
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None

@@ -10,6 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .handles import LazyStates
 from .masks import Visibility, attention_mask
 from .segments import Scoring, dense_segment, fold
+from .static_layer import StaticStates
 
 IMPLEMENTATION = "cachequant"
 
@@ -40,6 +41,10 @@ def attention_forward(
     if foreign:
         raise ValueError(f"{type(module).__name__} passes {foreign} to attention, which a packed cache cannot honour")
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
+    if isinstance(key, StaticStates):
+        if dropout:
+            raise ValueError(f"dropout={dropout} cannot be applied over packed keys; call model.eval()")
+        return key.layer.attend_one(query, attention_mask, scaling, softcap, s_aux), None
     visibility = Visibility(attention_mask, query.shape[2], key.shape[2], query.device)
     scoring = Scoring(visibility, scaling, softcap, s_aux)
     if isinstance(key, LazyStates) and isinstance(value, LazyStates):

@@ -12,9 +12,11 @@ from ...kernels.quantize import NO_TABLES, Tables
 from ..protocol import LayerSpec
 from ..sinks import Sinks
 from ..store import PackedStore, compact
+from .fused import attend_fused
 from .handles import LazyStates
 from .layer import ROWS, SIDES, PackedLayer, under
 from .masks import key_validity
+from .rope import RotaryFunction, is_no_rotation
 from .segments import Scoring, attend_packed
 
 # encoding works on this many numbers at a time, so that a long prompt needs no float32 copy of itself
@@ -83,7 +85,8 @@ class BlockLayer(PackedLayer):
 
     def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:
         """Output `[batch, query_heads, queries, value_dim]` for a query that is already rotated."""
-        return attend_packed(self, query, key, value, scoring)
+        output = attend_fused(self, query, key, value, scoring)
+        return attend_packed(self, query, key, value, scoring) if output is None else output
 
     def chunks(self, packed: int, tokens: int) -> Iterator[Chunk]:
         """The blocks of the first `packed` tokens, about `tokens` tokens at a time."""
@@ -109,8 +112,20 @@ class BlockLayer(PackedLayer):
         key = self.sinks.states["key"]
         if self.formats.key.rope == "pre":
             rotary, table = self._require_rope()
-            key = rotary(key, *table.read_at(positions.clamp(max=packed - 1)))
+            cos, sin = table.read_at(positions.clamp(max=packed - 1))
+            key = rotary(key, cos.to(key.dtype), sin.to(key.dtype))
         return positions.clamp(max=packed - 1), present, key, self.sinks.states["value"]
+
+    def angles(self, packed: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin `[batch or 1, packed, head_dim / 2]` of keys before RoPE whose halves they turn, else None."""
+        rotary, table = self._require_rope()
+        turning = isinstance(rotary, RotaryFunction) and rotary.turns_halves(self.head_dim)
+        return table.halves(packed) if turning else None
+
+    @property
+    def turned(self) -> bool:
+        """Whether keys still have to be rotated when they are read."""
+        return self.formats.key.rope == "pre" and not is_no_rotation(self._require_rope()[0])
 
     def dequantize(self, side: Side, packed: int) -> Tensor:
         """The first `packed` tokens of one side, all in packed blocks, dense in the model's dtype, keys after RoPE."""

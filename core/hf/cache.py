@@ -145,7 +145,7 @@ class PackedCache(Cache):
         rows["rope"] = self.rotary_tables.held_bytes()
         rows["host layers"] = host
         return MemoryReport(
-            tokens=self.get_seq_length(),
+            tokens=int(self.get_seq_length()),
             elements=elements,
             exact_bytes=exact,
             device_bytes=sum(rows.values()),
@@ -232,6 +232,7 @@ class PackedCache(Cache):
                 continue
             spec = _declared_shape(module, model.config.get_text_config(decoder=True), layer.index, len(self.layers))
             formats = self.strategy.formats(spec)
+            self._require_served(formats)
             if isinstance(formats, MixedFormat):
                 formats.require_fitting(spec.head_dim, spec.value_dim, spec.kv_heads)
             elif formats is not None:
@@ -244,6 +245,9 @@ class PackedCache(Cache):
                     f"{self.strategy!r} stores keys before RoPE, but {type(module).__name__} takes no "
                     "position_embeddings (cos, sin); use a strategy that stores keys after RoPE"
                 )
+
+    def _require_served(self, formats: LayerFormat | MixedFormat | None) -> None:
+        """Raise ValueError for formats that a kind of cache cannot hold."""
 
     def _cut_rotary_tables(self) -> None:
         self.rotary_tables.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))

@@ -228,7 +228,8 @@ class PackedLayer(CacheLayerMixin):
         if not self.before_rope or not key.shape[2]:
             return key
         rotary, table = self._require_rope()
-        return rotary(key, *table.read(start, start + key.shape[2]))
+        cos, sin = table.read(start, start + key.shape[2])
+        return rotary(key, cos.to(key.dtype), sin.to(key.dtype))
 
     # ---- bytes and files -------------------------------------------------------------------------------------------
 

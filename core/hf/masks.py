@@ -23,6 +23,8 @@ def attention_mask(
     None: causal, aligned to the newest key, for any number of queries and any past. Bool `[batch, kv_length]`: causal
     with padding. Anything else (sliding, chunked, composed masks) is the full bool mask `[batch, 1, queries, keys]`.
     """
+    if isinstance(q_offset, Tensor) and q_length > 1 and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)  # counted on the device: for a prompt it is worth waiting for
     plain = mask_function is causal_mask_function and local_size is None and kv_offset == 0
     if plain and not isinstance(q_offset, Tensor) and q_offset + q_length == kv_length:
         if attention_mask is None or bool(attention_mask.all()):
@@ -94,6 +96,31 @@ class Visibility:
         if self._mask is not None:
             hidden = hidden | ~self._mask.expand(len(positions), -1).gather(1, positions)[:, None, None, None]
         return scores.masked_fill(hidden, -torch.inf)
+
+    @property
+    def boolean(self) -> bool:
+        """Whether all heads see alike, and keys are either seen or not."""
+        mask = self._mask
+        return mask is None or (mask.dtype == torch.bool and (mask.ndim == 2 or mask.shape[1] == 1))
+
+    @property
+    def causal(self) -> bool:
+        """Whether queries see no newer keys, beside what the mask says."""
+        return self._mask is None or self._mask.ndim == 2
+
+    def seen(self, start: int, stop: int) -> Tensor | None:
+        """What the mask shows of the keys `[start, stop)`, if `boolean`: `[batch or 1, queries or 1, n]`, None: all."""
+        if self._mask is None:
+            return None
+        return self._mask[:, None, start:stop] if self._mask.ndim == 2 else self._mask[:, 0, :, start:stop]
+
+    def seen_at(self, positions: Tensor) -> Tensor | None:
+        """The same for keys at `positions [batch, n]`, older than all queries."""
+        seen = self.seen(0, self.keys)
+        if seen is None:
+            return None
+        index = positions[:, None].expand(-1, seen.shape[1], -1)
+        return seen.expand(len(positions), -1, -1).gather(-1, index)
 
     def tile(self, start: int, stop: int) -> "Visibility":
         """The same for queries `[start, stop)` of these, and `keys` as far as any of them may see."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Loaded = TypeVar("Loaded", bound="PackedCache")
 
-FILE_VERSION = 2
+FILE_VERSION = 3
 
 
 def save(cache: "PackedCache", path: str | os.PathLike[str]) -> None:

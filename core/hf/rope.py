@@ -9,6 +9,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -46,6 +47,26 @@ class RotaryFunction:
             return self._function(states, cos, sin)  # type: ignore[return-value]
         no_queries = states[:, :0]
         return self._function(no_queries, states, cos, sin)[1]
+
+    def turns_halves(self, head_dim: int) -> bool:
+        """Whether each channel of the first half of a head turns against its like in the second, by one angle."""
+        return self._part == "full" and _turns_halves(self._function, head_dim)
+
+
+@cache
+def _turns_halves(function: Callable[..., Tensor | tuple[Tensor, Tensor]], head_dim: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 1, 3, head_dim, generator=generator)
+    angles = torch.rand(1, 3, head_dim // 2, generator=generator) * 6.0
+    cos, sin = angles.cos(), angles.sin()
+    first, second = states.chunk(2, dim=-1)
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    rotate = RotaryFunction(function, "full", head_dim)
+    try:
+        turned = rotate(states, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+    except RuntimeError:
+        return False  # its angles have another shape
+    return turned.shape == expected.shape and torch.allclose(turned, expected, atol=1e-5)
 
 
 _found: "weakref.WeakKeyDictionary[nn.Module, Rotate]" = weakref.WeakKeyDictionary()
@@ -91,6 +112,11 @@ def _probe(module: nn.Module, cos: Tensor, sin: Tensor, project: Project) -> Rot
     )
 
 
+def is_no_rotation(rotate: Rotate) -> bool:
+    """Whether `rotate` leaves keys as they are."""
+    return rotate is _no_rotation
+
+
 def _no_rotation(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states
 
@@ -99,7 +125,8 @@ class RotaryTable:
     """cos and sin of every cached token, shared by the layers of one kind on one device.
 
     Kept in the model's dtype, as half the channels where both halves are equal, and as one row where all batch rows
-    are: 256 bytes per token for heads of 128 in bf16, beside 34,816 of a 4-bit cache of 32 layers with 8 kv heads.
+    are: 256 bytes per token for heads of 128 in 16 bits, beside 34,816 of a 4-bit cache of 32 layers with 8 kv heads.
+    Of bfloat16 models in float16, which has all their digits and is what kernels turn keys with.
     """
 
     def __init__(self) -> None:
@@ -130,15 +157,23 @@ class RotaryTable:
             self._widen()
         if self._halved:
             cos, sin = (t.chunk(2, dim=-1)[0] for t in (cos, sin))
+        if cos.dtype == torch.bfloat16:
+            cos, sin = cos.half(), sin.half()
         self._cos, self._sin = _extend(self._cos, cos), _extend(self._sin, sin)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """cos and sin `[batch or 1, stop - start, dims]`."""
+        """cos and sin `[batch or 1, stop - start, dims]`; callers cast them to the dtype they rotate."""
         return self._pair(lambda held: held[:, start:stop])
 
     def read_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin `[batch, n, dims]` of the tokens `positions [batch, n]`."""
+        """The same `[batch, n, dims]` of the tokens `positions [batch, n]`."""
         return self._pair(lambda held: _rows_at(held, positions))
+
+    def halves(self, stop: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin `[batch or 1, stop, dims / 2]` where they stand for both halves, else None: views."""
+        if not self._halved or self._cos is None or self._sin is None:
+            return None
+        return self._cos.read()[:, 0, :stop], self._sin.read()[:, 0, :stop]
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""

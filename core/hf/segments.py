@@ -1,10 +1,12 @@
 """Attention over a packed layer: sinks, packed chunks and exact tail, each a partial result, merged."""
 
+from functools import partial as bound
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels import cpu
 from ...kernels.attention import Partial, dense_partial, finish, merge, packed_partial, packed_scores, unrotate
 from ...kernels.rotation import hadamard_rotate
 from .handles import LazyStates
@@ -13,7 +15,8 @@ from .masks import Visibility
 if TYPE_CHECKING:
     from .blocks import BlockLayer
 
-# float32 numbers a chunk may spread to, over batch and heads: large enough to amortise a call, small enough for caches
+# float32 numbers a chunk may spread to, over batch and heads: large enough to amortise a call, small enough for caches;
+# where codes are not spread to states, it is its scores that count
 CHUNK_NUMBERS = 1 << 20
 
 
@@ -55,7 +58,7 @@ def attend_packed(layer: "BlockLayer", query: Tensor, key: LazyStates, value: La
     """
     queries = query.shape[2]
     rows = fold(query, layer.kv_heads, scoring.scaling)
-    total = _packed_segment(layer, key.start, rows, queries, scoring)
+    total = _packed_segment(layer, key.start, rows, queries, scoring, rounded=query.dtype == torch.bfloat16)
     sinks = layer.present_sinks(key.start)
     if sinks is not None:
         positions, present, sink_key, sink_value = sinks
@@ -78,18 +81,28 @@ def dense_segment(rows: Tensor, key: Tensor, value: Tensor, start: int, queries:
     return dense_partial(scores.flatten(2, 3), value.to(rows.dtype))
 
 
-def _packed_segment(layer: "BlockLayer", packed: int, rows: Tensor, queries: int, scoring: Scoring) -> Partial:
-    """Partial over the first `packed` tokens, all of them in packed blocks."""
+def _packed_segment(
+    layer: "BlockLayer", packed: int, rows: Tensor, queries: int, scoring: Scoring, rounded: bool
+) -> Partial:
+    """Partial over the first `packed` tokens, all of them in packed blocks.
+
+    rounded: whether weights may be rounded to bfloat16, as SDPA does in models of that dtype.
+    """
     formats = layer.formats
     rotated = formats.key.packed and formats.key.rotation == "hadamard"
     # before RoPE, keys must come back to their own basis to be rotated; after it, the query goes to theirs
     direct = formats.key.codes != "custom" and formats.key.rope == "post"
     packed_rows = hadamard_rotate(rows) if rotated and direct else rows
+    fast_keys = direct and cpu.serves(rows, formats.key, "key", layer.tables["key"])
+    fast_values = cpu.serves(rows, formats.value, "value", layer.tables["value"])
+    scores_of = cpu.packed_scores if fast_keys else packed_scores
+    partial_of = bound(cpu.packed_partial, rounded=rounded) if fast_values else packed_partial
     total = None
-    tokens = CHUNK_NUMBERS // (rows.shape[0] * rows.shape[1] * max(rows.shape[2:]))
+    widest = rows.shape[2] if fast_keys and fast_values else max(rows.shape[2:])
+    tokens = CHUNK_NUMBERS // (rows.shape[0] * rows.shape[1] * widest)
     for chunk in layer.chunks(packed, tokens):
         if direct:
-            scores = packed_scores(packed_rows, chunk.key, formats.key, formats.block, layer.tables["key"])
+            scores = scores_of(packed_rows, chunk.key, formats.key, formats.block, layer.tables["key"])
         else:
             scores = rows @ layer.decode_chunk(chunk, "key", rows.dtype).transpose(-1, -2)
         scores = scoring.visibility.hide(scoring.cap(scores.unflatten(2, (-1, queries))), chunk.start)
@@ -100,7 +113,7 @@ def _packed_segment(layer: "BlockLayer", packed: int, rows: Tensor, queries: int
         if formats.value.codes == "custom":
             partial = dense_partial(scores, layer.decode_chunk(chunk, "value", rows.dtype))
         else:
-            partial = packed_partial(
+            partial = partial_of(
                 scores, chunk.value, formats.value, layer.value_dim, formats.block, layer.tables["value"]
             )
         total = partial if total is None else merge(total, partial)

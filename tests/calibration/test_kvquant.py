@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from cachequant import registry
-from cachequant.core import LayerSpec, PackedCache
+from cachequant.core import LayerSpec, PackedCache, Tables
 from cachequant.core.calibration.kmeans import normal_float
 from cachequant.core.hf.rope import RotaryFunction
 from cachequant.strategies.kvquant import KVQuant
@@ -239,7 +239,7 @@ def test_a_prompt_of_few_tokens_is_read_with_normal_float(tokens, fitted):
     valid = (torch.arange(BLOCK) >= BLOCK - tokens)[None]
     for side in ("key", "value"):
         codebook = strategy.tables(SPEC, side, states, valid).codebook
-        assert torch.equal(codebook, normal_float(2)) != fitted
+        assert torch.equal(codebook, Tables(codebook=normal_float(2)).codebook) != fitted
 
 
 def test_a_saved_cache_of_a_prompt_fit_goes_on_without_fitting(model, windows, monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from cachequant import registry
 from cachequant.core import Format, LayerFormat, LayerSpec, PackedCache, Strategy
 from cachequant.core.hf import segments
 from cachequant.core.hf.handles import LazyStates
+from cachequant.kernels import cpu
 from cachequant.kernels.quantize import Tables
 
 BLOCK, TAIL = 32, 16
@@ -222,6 +223,7 @@ DECODED = {
 )
 def test_decoding_makes_no_tensor_near_the_size_of_the_cache(build, tokens, step, monkeypatch, spec, sinks, dense):
     monkeypatch.setattr(segments, "CHUNK_NUMBERS", 1 << 12)
+    monkeypatch.setattr(cpu, "TILE", 1 << 12)
     model = build("llama")
     cache = PackedCache(model, registry.parse(spec), residual_length=TAIL, sink_tokens=sinks)
     step(model, tokens(2, 2000), cache)

@@ -34,7 +34,8 @@ FORMATS = {
 # two heads, three blocks, an odd batch
 SHAPE = (3, 2, 3 * BLOCK)
 
-LEVELS = torch.tensor([-1.0, -0.7, -0.45, -0.3, -0.2, -0.1, -0.03, 0.0, 0.05, 0.13, 0.2, 0.31, 0.4, 0.6, 0.8, 1.0])
+FITTED = torch.tensor([-1.0, -0.7, -0.45, -0.3, -0.2, -0.1, -0.03, 0.0, 0.05, 0.13, 0.2, 0.31, 0.4, 0.6, 0.8, 1.0])
+LEVELS = Tables(codebook=FITTED).codebook  # on the grid of codebooks
 
 
 def random_states(head_dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -215,6 +216,20 @@ def test_codebooks_round_to_their_nearest_level(side, scale, symmetric):
     nearest = (blocks[..., None] - candidates).abs().amin(-1)
     error = (back.unflatten(2, (-1, BLOCK)) - blocks).abs()
     torch.testing.assert_close(error, nearest, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_merged_levels_decode_alike(side):
+    levels = torch.tensor([-1.0, 0.1, 0.101, 1.0])
+    merged = Tables(codebook=levels)
+    assert merged.steps().index.tolist() == [0, 69, 69, 126]
+    fmt, states = Format(codes="codebook", bits=2), random_states(64)
+    three = torch.tensor([-1.0, 69 * 2 / 126 - 1, 1.0]).double()
+    packed = encode(states, fmt, side, BLOCK, tables=merged)
+    back = decode(packed, fmt, side, 64, BLOCK, merged, torch.float64)
+    scale, zero = packed["scales"].double().flatten(2, 3).unbind(-1)
+    nearest = (states.double()[..., None] - (three * scale[..., None] + zero[..., None])).abs().amin(-1)
+    assert_close((back - states).abs(), nearest, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -595,7 +610,16 @@ def test_trims_that_leave_nothing_are_refused():
 
 
 # ---- a worked example of KVQuant -------------------------------------------------------------------------------------
-# 4 channels, 2 bits; grids and codebooks from the calibration in tests/calibration/test_statistics.py
+# 4 channels, 2 bits; grids and codebooks from the calibration in tests/calibration/test_statistics.py. Levels decode
+# from their grid, so two of four are where the example has them and two up to half a step away.
+
+
+def on_grid(levels: Tensor) -> Tensor:
+    """The nearest of 127 points from the first level to the last, in float64."""
+    exact = levels.double()
+    step = (exact[-1] - exact[0]) / 126
+    return exact[0] + step * ((exact - exact[0]) / step).round()
+
 
 KEY_LEVELS = torch.tensor([-0.827191, -0.190884, 0.255878, 0.855127])
 KEY_GRID = {
@@ -605,7 +629,7 @@ KEY_GRID = {
 KEY_TABLES = Tables(codebook=KEY_LEVELS, **KEY_GRID)
 KEYS = torch.tensor([[0.5, -0.25, -2.25, -5.5], [1.0, 2.75, -3.375, -3.0], [-1.3, 0.9, 0.0, 3.0]])
 KEY_CODES = [[3, 1, 2, 0], [3, 3, 0, 0], [0, 2, 3, 3]]
-KEY_LUT = torch.tensor(
+KEY_LUT_FITTED = torch.tensor(
     [
         [-1.107667, -0.526042, -0.117674, 0.430077],
         [-1.065636, -0.041579, 0.677429, 1.641845],
@@ -613,6 +637,7 @@ KEY_LUT = torch.tensor(
         [-2.740071, -0.632302, 0.847597, 2.832608],
     ]
 )
+KEY_LUT = (KEY_GRID["scale"].T * on_grid(KEY_LEVELS) + KEY_GRID["zero"].T).float()
 # channels beyond their range, and by how much they miss the level they saturate to
 KEY_OUTLIERS = [{3: -2.759929}, {0: 0.569923, 1: 1.108155}, {0: -0.192333, 2: 1.318541}]
 
@@ -628,6 +653,14 @@ def example_keys(slots: int, tables: Tables = KEY_TABLES, keys: Tensor = KEYS) -
 
 def codes_of(packed: dict[str, Tensor], length: int) -> list[list[int]]:
     return unpack(packed["codes"], 2, length, by_nibble=True)[0, 0, 0].tolist()
+
+
+def test_worked_example_levels_decode_from_the_nearest_point_of_their_grid():
+    assert_close(KEY_LUT_FITTED, KEY_GRID["scale"].T * KEY_LEVELS + KEY_GRID["zero"].T, atol=2e-6, rtol=0)
+    assert_close(VALUE_LUT_FITTED, 2.875 * VALUE_LEVELS + 0.875, atol=2e-6, rtol=0)
+    half = KEY_GRID["scale"].T * (KEY_LEVELS[-1] - KEY_LEVELS[0]) / 252
+    assert ((KEY_LUT - KEY_LUT_FITTED).abs() <= half + 1e-6).all()
+    assert ((VALUE_LUT - VALUE_LUT_FITTED).abs() <= 2.875 * (VALUE_LEVELS[-1] - VALUE_LEVELS[0]) / 252 + 1e-6).all()
 
 
 def test_worked_example_key_codes_and_levels():
@@ -684,12 +717,18 @@ def test_worked_example_keys_with_q_norm():
     tables = Tables(codebook=KEY_LEVELS, **KEY_GRID, gain=torch.tensor(1.049598), offset=torch.tensor(-0.014392))
     packed, back = example_keys(1, tables)
     assert codes_of(packed, 4)[:3] == KEY_CODES
-    assert_close(back[0], torch.tensor([0.455689, -0.079977, -2.121373, -5.5]), atol=2e-6, rtol=HALF)
+    scale, zero = KEY_GRID["scale"][0], KEY_GRID["zero"][0]
+    fitted = scale * (1.049598 * KEY_LEVELS[KEY_CODES[0]] - 0.014392) + zero
+    assert_close(fitted[:3], torch.tensor([0.455689, -0.079977, -2.121373]), atol=2e-6, rtol=0)
+    expected = scale * (1.049598 * on_grid(KEY_LEVELS)[KEY_CODES[0]] - 0.014392) + zero
+    assert_close(back[0, :3], expected[:3].float(), atol=2e-6, rtol=0)
+    assert_close(back[0, 3], torch.tensor(-5.5), atol=0, rtol=HALF)
 
 
 VALUE_LEVELS = torch.tensor([-0.688206, -0.266443, 0.269555, 0.516770])
 VALUES = torch.tensor([-2, 2, -0.75, -1.5, 3, 0.75, -1, 4, 2.25, -0.5, -3.5, 3.75, 0, -2.5, 5.25, 0.5])
-VALUE_LUT = torch.tensor([-1.103591, 0.108977, 1.649972, 2.360714])
+VALUE_LUT_FITTED = torch.tensor([-1.103591, 0.108977, 1.649972, 2.360714])
+VALUE_LUT = (2.875 * on_grid(VALUE_LEVELS) + 0.875).float()
 VALUE_CODES = torch.tensor([0, 2, 0, 0, 3, 1, 0, 3, 3, 0, 0, 3, 1, 0, 3, 1])
 VALUE_OUTLIERS = [7, 10, 13, 14]
 
@@ -729,7 +768,7 @@ def test_worked_example_values_tied_with_the_range_are_no_gross_error():
     tied[11] = 4.0  # as large as number 7, of which a comparison with the threshold would make 6.35
     _, back = example_values(tied)
     low, high = -2.0, 4.0
-    levels = VALUE_LEVELS * (high - low) / 2 + (high + low) / 2
+    levels = on_grid(VALUE_LEVELS) * (high - low) / 2 + (high + low) / 2
     nearest = (levels - tied[:, None]).abs().amin(-1)
     assert ((back - tied).abs() <= nearest + 2e-3).all()
     # slots for four numbers of each token: the largest errors; -2.5, the fifth with 1.435, keeps its level

@@ -1,0 +1,717 @@
+"""Fused attention over packed blocks: one pass over the codes, nothing dequantized in memory.
+
+A program takes the blocks of one split for one kv head and a few rows (query heads of that kv head, query positions).
+Operands are swapped, `S^T = K Q^T` and `O^T = V^T P^T`, so that packed keys and values, not queries, fill the long side
+of the matrix units: see `words.py` for how codes get there without conversion. Scales stay outside the dot products.
+"""
+
+import triton
+import triton.language as tl
+
+from .words import number_pair, plane_position, planes, power, unpacked
+
+# planes of queries and weights carry 2 to this, less their position, so that the smallest still is no subnormal
+EXPONENT = tl.constexpr(8)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.constexpr_function
+def _padded(words):
+    """Words of a tile: a power of two, and wide enough for a matrix unit."""
+    return max(8, 1 << (words - 1).bit_length())
+
+
+@triton.constexpr_function
+def _shared(group, plane, groups, width, head_dim):
+    """Whether a group of channels and a plane of `width` channels have any in common."""
+    size = head_dim // groups
+    low, high = max(group * size, plane * width), min((group + 1) * size, (plane + 1) * width)
+    return low < high
+
+
+@triton.constexpr_function
+def _order(group, plane, groups, width, head_dim, bits):
+    """How many pairs of group and plane that have channels in common come before this one."""
+    count = planes(bits)
+    before = [(g, p) for g in range(groups) for p in range(count) if (g, p) < (group, plane)]
+    return sum(_shared(g, p, groups, width, head_dim) for g, p in before)
+
+
+@triton.jit
+def _columns(x, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Of `x [tokens, columns]` those that hold rows: `[tokens, ROWS]`."""
+    if EVEN:
+        x, _ = tl.split(tl.reshape(x, [x.shape[0], ROWS, 2]))
+    return x
+
+
+@triton.jit
+def _vector_columns(x, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        x, _ = tl.split(tl.reshape(x, [ROWS, 2]))
+    return x
+
+
+@triton.jit
+def _spread(x, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """The inverse of `_vector_columns`, the columns between rows alike."""
+    if EVEN:
+        x = tl.reshape(tl.join(x, x), [2 * ROWS])
+    return x
+
+
+@triton.jit
+def _numbers(scales, offsets, ZERO: tl.constexpr, live):
+    """float32 scale and zero at `offsets`, see `_load`; without ZERO scales stand alone."""
+    stored = _load(scales + offsets, live)
+    if ZERO:
+        scale, zero = number_pair(stored)
+    else:
+        scale = stored.to(tl.float32)
+        zero = tl.zeros_like(scale)
+    return scale, zero
+
+
+@triton.jit
+def _load(pointer, live):
+    """What is there, 0 where not `live`; None: all are."""
+    if live is None:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=live, other=0)
+
+
+@triton.jit
+def _by_plane(p, SPAN: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """`p [SPAN * PLANES * WIDTH, COLUMNS]` of SPAN blocks as PLANES tiles `[SPAN * WIDTH, COLUMNS]`."""
+    if PLANES == 2:
+        a, b = tl.split(tl.permute(tl.reshape(p, [SPAN, 2, WIDTH, COLUMNS]), (0, 2, 3, 1)))
+        parts = (a, b)
+    if PLANES == 4:
+        low, high = tl.split(tl.permute(tl.reshape(p, [SPAN, 2, 2, WIDTH, COLUMNS]), (0, 2, 3, 4, 1)))
+        a, b = tl.split(tl.permute(low, (0, 2, 3, 1)))
+        c, d = tl.split(tl.permute(high, (0, 2, 3, 1)))
+        parts = (a, b, c, d)
+    if PLANES == 8:
+        low, high = tl.split(tl.permute(tl.reshape(p, [SPAN, 2, 2, 2, WIDTH, COLUMNS]), (0, 2, 3, 4, 5, 1)))
+        first, second = tl.split(tl.permute(low, (0, 2, 3, 4, 1)))
+        third, fourth = tl.split(tl.permute(high, (0, 2, 3, 4, 1)))
+        a, b = tl.split(tl.permute(first, (0, 2, 3, 1)))
+        c, d = tl.split(tl.permute(second, (0, 2, 3, 1)))
+        e, f = tl.split(tl.permute(third, (0, 2, 3, 1)))
+        g, h = tl.split(tl.permute(fourth, (0, 2, 3, 1)))
+        parts = (a, b, c, d, e, f, g, h)
+    tiles = ()
+    for index in tl.static_range(PLANES):
+        tiles = tiles + (tl.reshape(parts[index], [SPAN * WIDTH, COLUMNS]),)
+    return tiles
+
+
+@triton.jit
+def _largest(scales, start, stop, ZERO: tl.constexpr):
+    """The largest of scales `[start, stop)`, at least the smallest that a float16 can be."""
+    highest = tl.full([1024], power(-24), tl.float32)
+    for begin in range(start, stop, 1024):
+        at = begin + tl.arange(0, 1024)
+        scale, _ = _numbers(scales, at, ZERO, at < stop)
+        highest = tl.maximum(highest, scale)
+    return tl.max(highest, 0)
+
+
+@triton.jit
+def _query_planes(
+    query_rows, live, grid, head, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, LUT: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr, scaling,
+):  # fmt: skip
+    """The query by group and plane of the keys, each `[2 * PADDED, COLUMNS]` in units of its largest number.
+
+    FOLDED: static scales and the planes' powers of two are in the tiles, static zeros in `constant`.
+
+    Returns the tiles, by row the sum over each group, `constant`, and the unit.
+    """
+    GROUP: tl.constexpr = HEAD_DIM // GROUPS
+    channel = tl.arange(0, 2 * PADDED)
+    raw = ()
+    peak = tl.zeros([COLUMNS], tl.float32)
+    constant = tl.zeros([COLUMNS], tl.float32)
+    for plane in tl.static_range(planes(BITS)):
+        at = plane * WIDTH + channel
+        inside = (channel < WIDTH) & (at < HEAD_DIM)
+        q = tl.load(query_rows + at[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if grid is not None and FOLDED:
+            pointer = grid + head * (2 * HEAD_DIM) + at
+            constant += tl.sum(q * tl.load(pointer + HEAD_DIM, mask=inside, other=0.0)[None, :], 1)
+            q = q * tl.load(pointer, mask=inside, other=0.0)[None, :]
+        peak = tl.maximum(peak, tl.max(tl.abs(q), 1))
+        raw = raw + (q,)
+    largest = tl.max(peak, 0)
+    largest = tl.where(largest > 0, largest, 1.0)
+    sums = ()
+    tiles = ()
+    for group in tl.static_range(GROUPS):
+        total = tl.zeros([COLUMNS], tl.float32)
+        for plane in tl.static_range(planes(BITS)):
+            if _shared(group, plane, GROUPS, WIDTH, HEAD_DIM):
+                at = plane * WIDTH + channel
+                mine = (at >= group * GROUP) & (at < (group + 1) * GROUP)
+                q = tl.where(mine[None, :], raw[plane], 0.0)
+                total += tl.sum(q, 1)
+                if FOLDED:
+                    q = q * power(EXPONENT - plane_position(BITS, LUT, plane))
+                tiles = tiles + (tl.trans(q * (1.0 / largest)),)
+        sums = sums + (_vector_columns(total * (scaling * LOG2E), ROWS, EVEN),)
+    return tiles, sums, _vector_columns(constant * (scaling * LOG2E), ROWS, EVEN), largest
+
+
+@triton.jit
+def _keep_query(query, scratch, row, rows, scaling, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """The query scaled, `[HEAD_DIM, ROWS]`, where it can be read by channel."""
+    for channel in range(HEAD_DIM):
+        q = tl.load(query + row * HEAD_DIM + channel, mask=row < rows, other=0.0).to(tl.float32)
+        tl.store(scratch + channel * ROWS + tl.arange(0, ROWS), q * (scaling * LOG2E))
+    tl.debug_barrier()
+
+
+# sizes that grow with the cache: compiling anew for each that divides by 16 would cost seconds while decoding
+_UNSPECIALISED = [
+    "rows", "queries", "blocks", "first", "slots", "key_capacity", "value_capacity", "stride_visible_batch",
+    "stride_visible_query",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def attend_blocks(
+    query,  # [batch * kv_heads, rows, HEAD_DIM]
+    key_codes,  # int32 [batch * kv_heads, key_capacity, BLOCK, KEY_ROW]
+    key_scales,  # (scale, zero) float16 as one int32, or scale alone: see KEY_SCALE and KEY_ZERO
+    key_table,  # bytes of the levels' entries, for codebooks and 3 bits
+    key_levels,  # float32 [2]: level = levels[0] * entry + levels[1]; None: level = entry
+    key_grid,  # float32 [kv_heads, 2, HEAD_DIM]: scale and zero of static channels, of entries
+    key_places,  # int16 [batch * kv_heads, key_capacity, BLOCK, KEY_OUTLIERS]
+    key_excess,  # float16, the same shape
+    value_codes,  # int32 [batch * kv_heads, value_capacity, VALUE_DIM, VALUE_ROW]
+    value_scales,
+    value_table,
+    value_levels,
+    value_grid,
+    value_places,  # int16 [batch * kv_heads, value_capacity, VALUE_DIM, VALUE_OUTLIERS]
+    value_excess,
+    cos,  # [batch or 1, tokens, HEAD_DIM // 2] of keys before RoPE
+    sin,
+    visible,  # uint8 [batch or 1, queries or 1, tokens]; None: all are
+    scratch,  # float32 [programs, HEAD_DIM + TILE, ROWS], for outliers
+    mix,  # float32 [batch * kv_heads, slots, rows, VALUE_DIM]
+    lse,  # float32 [batch * kv_heads, slots, rows], to base 2
+    blocks_held,  # int32 [1], the blocks to read; None: `blocks`
+    scaling,
+    softcap,
+    rows,
+    queries,
+    blocks,
+    first,
+    kv_heads,
+    slots,
+    key_capacity,
+    value_capacity,
+    stride_visible_batch,
+    stride_visible_query,
+    stride_angles_batch,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,  # blocks per step
+    ROWS: tl.constexpr,  # rows per program
+    EVEN: tl.constexpr,  # rows on every second column of the matrix unit: half the registers for scores
+    DEFER: tl.constexpr,  # sum weights over tokens after the loop
+    KEY_BITS: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    KEY_SCALE: tl.constexpr,  # "token", "channel" or "static"
+    KEY_GROUPS: tl.constexpr,
+    KEY_ZERO: tl.constexpr,
+    KEY_LUT: tl.constexpr,
+    KEY_OUTLIERS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    VALUE_SCALE: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    VALUE_ZERO: tl.constexpr,
+    VALUE_LUT: tl.constexpr,
+    VALUE_OUTLIERS: tl.constexpr,
+    PART: tl.constexpr,  # channels of the values that are mixed at a time
+    BOUNDED: tl.constexpr,  # tokens before `first` or beyond the last block are hidden
+    ASM: tl.constexpr,
+):
+    """Slot `split` of `mix` and `lse`: normalised sums of values and log-sum-exp of the scores of a split's blocks.
+
+    Grid: (batch * kv_heads, splits, row tiles). A split without blocks writes zeros and -inf.
+    """
+    TILE: tl.constexpr = SPAN * BLOCK
+    COLUMNS: tl.constexpr = 2 * ROWS if EVEN else ROWS
+    pid = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    batch, head = pid // kv_heads, pid % kv_heads
+    column = tl.arange(0, COLUMNS)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    column_row = tl.program_id(2) * ROWS + (column // 2 if EVEN else column)
+    column_live = (column_row < rows) & (column % 2 == 0) if EVEN else column_row < rows
+    token = tl.arange(0, TILE)
+
+    if blocks_held is not None:
+        blocks = tl.load(blocks_held)
+    per_split = tl.cdiv(tl.cdiv(blocks, splits), SPAN) * SPAN
+    start = split * per_split
+    stop = tl.minimum(start + per_split, blocks)
+
+    # ---- the query, plane by plane ----
+    K_PLANES: tl.constexpr = planes(KEY_BITS)
+    K_WORDS: tl.constexpr = KEY_ROW // 3 * 2 if KEY_BITS == 3 else KEY_ROW
+    K_PADDED: tl.constexpr = _padded(K_WORDS)
+    K_WIDTH: tl.constexpr = 2 * K_WORDS
+    HALF: tl.constexpr = HEAD_DIM // 2
+    channel = tl.arange(0, 2 * K_PADDED)
+    tiles_q, sums, constant, peak = _query_planes(
+        query + (pid * rows + column_row)[:, None] * HEAD_DIM, column_live, key_grid, head, cos is None,
+        HEAD_DIM, KEY_BITS, K_WIDTH, K_PADDED, KEY_GROUPS if cos is None else 1, KEY_LUT, COLUMNS, ROWS, EVEN, scaling,
+    )  # fmt: skip
+    unit = peak * (scaling * LOG2E)
+    if cos is None:
+        unit = unit * power(24 - EXPONENT)
+    offset = 0.0
+    if key_levels is not None:
+        offset = tl.load(key_levels + 1)
+        if cos is None:
+            unit = unit * tl.load(key_levels)
+    if scratch is not None:
+        program = (pid * splits + split) * tl.num_programs(2) + tl.program_id(2)
+        query_scratch = scratch + program * ((HEAD_DIM + TILE) * ROWS)
+        weight_scratch = query_scratch + HEAD_DIM * ROWS
+    if KEY_OUTLIERS > 0:
+        _keep_query(query + pid * rows * HEAD_DIM, query_scratch, row, rows, scaling, HEAD_DIM, ROWS)
+
+    # ---- the values' side of it ----
+    V_PLANES: tl.constexpr = planes(VALUE_BITS)
+    V_WORDS: tl.constexpr = VALUE_ROW // 3 * 2 if VALUE_BITS == 3 else VALUE_ROW
+    V_WIDTH: tl.constexpr = 2 * V_WORDS
+    PARTS: tl.constexpr = VALUE_DIM // PART
+    PARTS_PER_GROUP: tl.constexpr = PARTS // VALUE_GROUPS
+    HAS_ZERO: tl.constexpr = VALUE_SCALE == "token" and (VALUE_ZERO or value_levels is not None)
+    place = tl.zeros([TILE], tl.float32)
+    for plane in tl.static_range(V_PLANES):
+        here = (token % BLOCK) // V_WIDTH == plane
+        place = tl.where(here, power(EXPONENT - plane_position(VALUE_BITS, VALUE_LUT, plane)), place)
+    part_channel = tl.arange(0, PART)
+    word = tl.arange(0, SPAN * V_WORDS)
+    word_offset = (word // V_WORDS) * (VALUE_DIM * VALUE_ROW) + word % V_WORDS
+    high_word = tl.arange(0, SPAN * V_WORDS // 2)
+    high_offset = (high_word // (V_WORDS // 2)) * (VALUE_DIM * VALUE_ROW) + V_WORDS + high_word % (V_WORDS // 2)
+    value_offset = 0.0
+    if value_levels is not None:
+        value_offset = tl.load(value_levels + 1)
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    if DEFER:
+        total = tl.zeros([TILE, ROWS], tl.float32)
+    else:
+        total = tl.zeros([ROWS], tl.float32)
+    zeros = ()
+    if HAS_ZERO:
+        for group in tl.static_range(VALUE_GROUPS):
+            zeros = zeros + (tl.zeros_like(total),)
+    mixed = ()
+    corrections = ()
+    for part in tl.static_range(PARTS):
+        mixed = mixed + (tl.zeros([PART, COLUMNS], tl.float32),)
+        if VALUE_OUTLIERS > 0:
+            corrections = corrections + (tl.zeros([PART, ROWS], tl.float32),)
+
+    IN_PAIRS: tl.constexpr = ASM and cos is not None and KEY_SCALE == "static"
+    if IN_PAIRS:
+        ENTRIES: tl.constexpr = 127 if KEY_LUT else (1 << KEY_BITS) - 1
+        steps, shifts, norm = _grid_pairs(
+            key_grid + head * (2 * HEAD_DIM), HEAD_DIM, KEY_BITS, KEY_LUT, ENTRIES, K_WIDTH, K_PADDED, TILE
+        )
+        unit = unit / norm
+
+    key_words = tl.arange(0, K_PADDED)
+    key_high = tl.arange(0, K_PADDED // 2)
+    key_base = key_codes + pid * key_capacity * (BLOCK * KEY_ROW) + token[:, None] * KEY_ROW
+    value_base = value_codes + pid * value_capacity * (VALUE_DIM * VALUE_ROW)
+    key_scale_base = key_scales
+    value_scale_base = value_scales
+    if KEY_SCALE == "token":
+        key_scale_base = key_scales + pid * key_capacity * (BLOCK * KEY_GROUPS)
+    if KEY_SCALE == "channel":
+        key_scale_base = key_scales + pid * key_capacity * HEAD_DIM
+    if VALUE_SCALE == "token":
+        value_scale_base = value_scales + pid * value_capacity * (BLOCK * VALUE_GROUPS)
+    if VALUE_SCALE == "channel":
+        value_scale_base = value_scales + pid * value_capacity * VALUE_DIM
+    largest = 1.0
+    if VALUE_SCALE == "token":
+        # weights times scales have to fit float16, so scales are in units of the split's largest
+        largest = _largest(value_scale_base, start * (BLOCK * VALUE_GROUPS), stop * (BLOCK * VALUE_GROUPS), VALUE_ZERO)
+        place = place * (1.0 / largest)
+    if KEY_OUTLIERS > 0:
+        key_slots = (pid * key_capacity * BLOCK + token) * KEY_OUTLIERS
+    if VALUE_OUTLIERS > 0:
+        value_slots = pid * value_capacity * VALUE_DIM + part_channel
+
+    for block in range(start, stop, SPAN):
+        live = token < (stop - block) * BLOCK
+        if SPAN == 1:
+            live = token >= 0
+
+        # ---- scores [TILE, ROWS] ----
+        KEY_FULL: tl.constexpr = SPAN == 1 and K_PADDED == K_WORDS
+        key_pointer = key_base + block * (BLOCK * KEY_ROW)
+        if KEY_FULL:
+            words = tl.load(key_pointer + key_words[None, :])
+        else:
+            words = tl.load(
+                key_pointer + key_words[None, :], mask=live[:, None] & (key_words < K_WORDS)[None, :], other=0
+            )
+        high = words
+        if KEY_BITS == 3:
+            if KEY_FULL:
+                high = tl.load(key_pointer + K_WORDS + key_high[None, :])
+            else:
+                high = tl.load(
+                    key_pointer + K_WORDS + key_high[None, :],
+                    mask=live[:, None] & (key_high < K_WORDS // 2)[None, :],
+                    other=0,
+                )
+        codes = unpacked(words, high, key_table, TILE, K_PADDED, KEY_BITS, KEY_LUT, ASM)
+        if cos is not None:
+            # every channel is decoded and turned by its token's angle; the first half of them pairs with the second
+            angles = batch * stride_angles_batch + (block * BLOCK + token)[:, None].to(tl.int64) * HALF
+            held = None
+            if not KEY_FULL:
+                held = live[:, None] & (channel < K_WIDTH)[None, :]
+            dots = tl.zeros([TILE, COLUMNS], tl.float32)
+            for plane in tl.static_range(K_PLANES // 2):
+                at = plane * K_WIDTH + channel
+                turn_cos = _load(cos + angles + at[None, :], held)
+                turn_sin = _load(sin + angles + at[None, :], held)
+                if IN_PAIRS:
+                    low, high = _turned_pairs(
+                        codes[plane], codes[plane + K_PLANES // 2], steps[plane], shifts[plane],
+                        steps[plane + K_PLANES // 2], shifts[plane + K_PLANES // 2],
+                        turn_cos.to(tl.float16), turn_sin.to(tl.float16),
+                    )  # fmt: skip
+                else:
+                    low_half = _decoded(
+                        codes[plane], at, plane, key_scale_base, key_levels, key_grid, head, block, token, held,
+                        HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT,
+                    )  # fmt: skip
+                    high_half = _decoded(
+                        codes[plane + K_PLANES // 2], at + HALF, plane + K_PLANES // 2, key_scale_base, key_levels,
+                        key_grid, head, block, token, held,
+                        HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT,
+                    )  # fmt: skip
+                    turn_cos, turn_sin = turn_cos.to(tl.float32), turn_sin.to(tl.float32)
+                    low = (low_half * turn_cos - high_half * turn_sin).to(tl.float16)
+                    high = (high_half * turn_cos + low_half * turn_sin).to(tl.float16)
+                dots = tl.dot(low, tiles_q[plane].to(tl.float16), dots)
+                dots = tl.dot(high, tiles_q[plane + K_PLANES // 2].to(tl.float16), dots)
+            scores = _columns(dots, ROWS, EVEN) * unit
+        elif KEY_SCALE == "channel":
+            scale_pointer = key_scale_base + block * HEAD_DIM
+            highest = tl.zeros([2 * K_PADDED], tl.float32)
+            for plane in tl.static_range(K_PLANES):
+                at = plane * K_WIDTH + channel
+                inside = (channel < K_WIDTH) & (at < HEAD_DIM)
+                scale, zero = _numbers(scale_pointer, at, KEY_ZERO, inside)
+                highest = tl.maximum(highest, scale)
+            step = tl.maximum(tl.max(highest, 0), 1e-30)
+            dots = tl.zeros([TILE, COLUMNS], tl.float32)
+            bias = tl.zeros([COLUMNS], tl.float32)
+            for plane in tl.static_range(K_PLANES):
+                at = plane * K_WIDTH + channel
+                inside = (channel < K_WIDTH) & (at < HEAD_DIM)
+                scale, zero = _numbers(scale_pointer, at, KEY_ZERO, inside)
+                q = tiles_q[plane]
+                moved = (zero + scale * offset) * power(plane_position(KEY_BITS, KEY_LUT, plane) - EXPONENT)
+                bias += tl.sum(q * moved[:, None], 0)
+                dots = tl.dot(codes[plane], (q * (scale / step)[:, None]).to(tl.float16), dots)
+            whole = _vector_columns(bias, ROWS, EVEN) * (peak * (scaling * LOG2E))
+            scores = _columns(dots, ROWS, EVEN) * (unit * step) + whole[None, :]
+        else:
+            for group in tl.static_range(KEY_GROUPS):
+                dots = tl.zeros([TILE, COLUMNS], tl.float32)
+                for plane in tl.static_range(K_PLANES):
+                    if _shared(group, plane, KEY_GROUPS, K_WIDTH, HEAD_DIM):
+                        q = tiles_q[_order(group, plane, KEY_GROUPS, K_WIDTH, HEAD_DIM, KEY_BITS)]
+                        dots = tl.dot(codes[plane], q.to(tl.float16), dots)
+                products = _columns(dots, ROWS, EVEN)
+                if KEY_SCALE == "token":
+                    where = (block * BLOCK + token) * KEY_GROUPS + group
+                    scale, zero = _numbers(key_scale_base, where, KEY_ZERO, None if SPAN == 1 else live)
+                    products = products * (scale * unit)[:, None]
+                    if key_levels is not None:
+                        zero = zero + scale * offset
+                    if KEY_ZERO or key_levels is not None:
+                        products += zero[:, None] * sums[group][None, :]
+                else:
+                    products = products * unit
+                if group == 0:
+                    scores = products
+                else:
+                    scores += products
+            if key_grid is not None:
+                scores += constant[None, :]
+        if KEY_OUTLIERS > 0:
+            lane = tl.arange(0, ROWS)
+            for slot in tl.static_range(KEY_OUTLIERS):
+                where = key_slots + block * (BLOCK * KEY_OUTLIERS) + slot
+                at = tl.load(key_places + where, mask=live, other=0).to(tl.int32)
+                excess = tl.load(key_excess + where, mask=live, other=0.0).to(tl.float32)
+                found = tl.load(query_scratch + at[:, None] * ROWS + lane[None, :], cache_modifier=".ca")
+                if cos is not None:
+                    row_angles = batch * stride_angles_batch + (block * BLOCK + token).to(tl.int64) * HALF + at % HALF
+                    turn_cos = tl.load(cos + row_angles, mask=live, other=0.0).to(tl.float32)
+                    turn_sin = tl.load(sin + row_angles, mask=live, other=0.0).to(tl.float32)
+                    turn_sin = tl.where(at < HALF, turn_sin, -turn_sin)
+                    partner = (at + HALF) % HEAD_DIM
+                    other = tl.load(query_scratch + partner[:, None] * ROWS + lane[None, :])
+                    found = found * turn_cos[:, None] + other * turn_sin[:, None]
+                scores += excess[:, None] * found
+        if softcap is not None:
+            bounded = scores * (1.0 / (softcap * LOG2E))
+            # tanh, of exp2
+            scores = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(bounded * (2.0 * LOG2E))))
+        if BOUNDED:
+            shown = live & (block * BLOCK + token >= first)
+            scores = tl.where(shown[:, None], scores, float("-inf"))
+        if visible is not None:
+            seen_by = batch * stride_visible_batch + (row % queries)[None, :].to(tl.int64) * stride_visible_query
+            seen = tl.load(
+                visible + seen_by + (block * BLOCK + token)[:, None],
+                mask=live[:, None] & (row < rows)[None, :],
+                other=0,
+            )
+            scores = tl.where(seen != 0, scores, float("-inf"))
+
+        # ---- softmax ----
+        higher = tl.maximum(maximum, tl.max(scores, 0))
+        against = higher
+        if BOUNDED or visible is not None:
+            against = tl.where(higher == float("-inf"), 0.0, higher)
+        decay = tl.exp2(maximum - against)
+        weights = tl.exp2(scores - against[None, :])
+        maximum = higher
+        summed = tl.sum(weights, 0)
+        if DEFER:
+            total = total * decay[None, :] + weights
+        else:
+            total = total * decay + summed
+
+        # ---- values ----
+        column_decay = _spread(decay, ROWS, EVEN)
+        scales = ()
+        new_zeros = ()
+        if VALUE_SCALE == "token":
+            for group in tl.static_range(VALUE_GROUPS):
+                where = (block * BLOCK + token) * VALUE_GROUPS + group
+                scale, zero = _numbers(value_scale_base, where, VALUE_ZERO, None if SPAN == 1 else live)
+                scales = scales + (scale,)
+                if value_levels is not None:
+                    zero += scale * value_offset
+                if HAS_ZERO:
+                    lifted = weights * zero[:, None]
+                    if DEFER:
+                        new_zeros = new_zeros + (zeros[group] * decay[None, :] + lifted,)
+                    else:
+                        new_zeros = new_zeros + (zeros[group] * decay + tl.sum(lifted, 0),)
+        if HAS_ZERO:
+            zeros = new_zeros
+        if VALUE_OUTLIERS > 0:
+            lane = tl.arange(0, ROWS)
+            tl.debug_barrier()
+            tl.store(weight_scratch + token[:, None] * ROWS + lane[None, :], weights)
+            tl.debug_barrier()
+        new_mixed = ()
+        new_corrections = ()
+        for part in tl.static_range(PARTS):
+            if part % PARTS_PER_GROUP == 0:
+                if VALUE_SCALE == "token":
+                    scaled = weights * (scales[part // PARTS_PER_GROUP] * place)[:, None]
+                else:
+                    scaled = weights * place[:, None]
+                scaled = scaled.to(tl.float16)
+                if EVEN:
+                    scaled = tl.reshape(tl.join(scaled, tl.zeros_like(scaled)), [TILE, COLUMNS])
+                by_plane = _by_plane(scaled, SPAN, V_PLANES, V_WIDTH, COLUMNS)
+            value_pointer = value_base + block * (VALUE_DIM * VALUE_ROW)
+            value_pointer += (part * PART + part_channel)[:, None] * VALUE_ROW
+            if SPAN == 1:
+                words = tl.load(value_pointer + word_offset[None, :])
+            else:
+                words = tl.load(
+                    value_pointer + word_offset[None, :], mask=(word // V_WORDS < stop - block)[None, :], other=0
+                )
+            high = words
+            if VALUE_BITS == 3:
+                if SPAN == 1:
+                    high = tl.load(value_pointer + high_offset[None, :])
+                else:
+                    in_range = high_word // (V_WORDS // 2) < stop - block
+                    high = tl.load(value_pointer + high_offset[None, :], mask=in_range[None, :], other=0)
+            codes = unpacked(words, high, value_table, PART, SPAN * V_WORDS, VALUE_BITS, VALUE_LUT, ASM)
+            if VALUE_SCALE == "channel":
+                # one block at a time: SPAN is 1
+                fresh = tl.zeros([PART, COLUMNS], tl.float32)
+                for plane in tl.static_range(V_PLANES):
+                    fresh = tl.dot(codes[plane], by_plane[plane], fresh)
+                scale, zero = _numbers(
+                    value_scale_base + block * VALUE_DIM, part * PART + part_channel, VALUE_ZERO, None
+                )
+                moved = (zero + scale * value_offset) * power(EXPONENT - 24)
+                if value_levels is not None:
+                    scale = scale * tl.load(value_levels)
+                fresh = fresh * scale[:, None] + moved[:, None] * _spread(summed, ROWS, EVEN)[None, :]
+                sum_of_part = mixed[part] * column_decay[None, :] + fresh
+            else:
+                sum_of_part = mixed[part] * column_decay[None, :]
+                for plane in tl.static_range(V_PLANES):
+                    sum_of_part = tl.dot(codes[plane], by_plane[plane], sum_of_part)
+            new_mixed = new_mixed + (sum_of_part,)
+            if VALUE_OUTLIERS > 0:
+                correction = corrections[part] * decay[None, :]
+                for inner in tl.static_range(SPAN):
+                    for slot in tl.static_range(VALUE_OUTLIERS):
+                        where = (value_slots + (block + inner) * VALUE_DIM + part * PART) * VALUE_OUTLIERS + slot
+                        held = None
+                        if SPAN > 1:
+                            held = part_channel * 0 + block + inner < stop
+                        at = _load(value_places + where, held).to(tl.int32) + inner * BLOCK
+                        excess = _load(value_excess + where, held).to(tl.float32)
+                        found = tl.load(weight_scratch + at[:, None] * ROWS + lane[None, :], cache_modifier=".cg")
+                        correction += excess[:, None] * found
+                new_corrections = new_corrections + (correction,)
+        mixed = new_mixed
+        if VALUE_OUTLIERS > 0:
+            corrections = new_corrections
+
+    # ---- what the split comes to ----
+    if DEFER:
+        total = tl.sum(total, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    out_row = (pid * slots + split) * rows + row
+    row_live = row < rows
+    for part in tl.static_range(PARTS):
+        at = part * PART + part_channel
+        out = _columns(mixed[part], ROWS, EVEN) * power(24 - EXPONENT)
+        if VALUE_SCALE == "token":
+            out = out * largest
+            if value_levels is not None:
+                out = out * tl.load(value_levels)
+            if HAS_ZERO:
+                zero = zeros[part // PARTS_PER_GROUP]
+                if DEFER:
+                    zero = tl.sum(zero, 0)
+                out += zero[None, :]
+        if value_grid is not None:
+            grid = value_grid + head * (2 * VALUE_DIM) + at
+            out = out * tl.load(grid)[:, None] + tl.load(grid + VALUE_DIM)[:, None] * total[None, :]
+        if VALUE_OUTLIERS > 0:
+            out += corrections[part]
+        tl.store(
+            mix + out_row[None, :] * VALUE_DIM + at[:, None], out / divisor[None, :],
+            mask=tl.broadcast_to(row_live[None, :], out.shape),
+        )  # fmt: skip
+    tl.store(lse + out_row, maximum + tl.log2(divisor), mask=row_live)
+
+
+@triton.constexpr_function
+def _headroom(entries):
+    """Power of two that keeps the scale of an entry's subnormal within float16 where keys are at most 1/4."""
+    exponent = 0
+    while 2.0 ** (22 - exponent) / entries > 60000:
+        exponent += 1
+    return 2.0**-exponent
+
+
+@triton.jit
+def _grid_pairs(
+    grid, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Static scales and zeros by plane, float16 `[TILE, 2 * PADDED]`, times a power of two that keeps keys in float16.
+
+    Returns both, and the power.
+    """
+    channel = tl.arange(0, 2 * PADDED)
+    peak = tl.zeros([2 * PADDED], tl.float32) + power(-100)
+    for plane in tl.static_range(planes(BITS)):
+        at = plane * WIDTH + channel
+        inside = (channel < WIDTH) & (at < HEAD_DIM)
+        scale = tl.load(grid + at, mask=inside, other=0.0)
+        zero = tl.load(grid + HEAD_DIM + at, mask=inside, other=0.0)
+        peak = tl.maximum(peak, tl.abs(scale) * ENTRIES + tl.abs(zero))
+    norm = tl.exp2(-tl.ceil(tl.log2(tl.max(peak, 0)))) * (0.25 * _headroom(ENTRIES))
+    steps = ()
+    shifts = ()
+    for plane in tl.static_range(planes(BITS)):
+        at = plane * WIDTH + channel
+        inside = (channel < WIDTH) & (at < HEAD_DIM)
+        scale = tl.load(grid + at, mask=inside, other=0.0) * power(24 - plane_position(BITS, LUT, plane))
+        zero = tl.load(grid + HEAD_DIM + at, mask=inside, other=0.0)
+        steps = steps + (tl.broadcast_to((scale * norm).to(tl.float16)[None, :], [TILE, 2 * PADDED]),)
+        shifts = shifts + (tl.broadcast_to((zero * norm).to(tl.float16)[None, :], [TILE, 2 * PADDED]),)
+    return steps, shifts, norm
+
+
+@triton.jit
+def _turned_pairs(low, high, low_step, low_shift, high_step, high_shift, cos, sin):
+    """Keys of two planes decoded and turned, two float16 at a time."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 first, second, part;
+        fma.rn.f16x2 first, $2, $4, $5;
+        fma.rn.f16x2 second, $3, $6, $7;
+        mul.rn.f16x2 part, second, $9;
+        neg.f16x2 part, part;
+        fma.rn.f16x2 $0, first, $8, part;
+        mul.rn.f16x2 part, first, $9;
+        fma.rn.f16x2 $1, second, $8, part;
+        }
+        """,
+        "=&r,=&r,r,r,r,r,r,r,r,r",
+        [low, high, low_step, low_shift, high_step, high_shift, cos, sin],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _decoded(
+    codes, at, PLANE: tl.constexpr, scales, levels, grid, head, block, token, held,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
+    ZERO: tl.constexpr, LUT: tl.constexpr,
+):  # fmt: skip
+    """Keys `[tokens, channels]` of one plane, float32; 0 where not `held`, which is None if all are."""
+    entry = codes.to(tl.float32)
+    unit = power(24 - plane_position(BITS, LUT, PLANE))
+    if SCALE == "static":
+        pointer = grid + head * (2 * HEAD_DIM) + at
+        inside = at >= 0 if held is None else at < HEAD_DIM
+        scale = tl.load(pointer, mask=inside, other=0.0)
+        zero = tl.load(pointer + HEAD_DIM, mask=inside, other=0.0)
+        return entry * (scale * unit)[None, :] + zero[None, :]
+    else:
+        if SCALE == "channel":
+            inside = at >= 0 if held is None else at < HEAD_DIM
+            scale, zero = _numbers(scales + block * HEAD_DIM, at[None, :], ZERO, inside[None, :])
+        else:
+            # groups and planes need not coincide
+            group = at // (HEAD_DIM // GROUPS)
+            where = ((block * BLOCK + token) * GROUPS)[:, None] + group[None, :]
+            scale, zero = _numbers(scales, where, ZERO, held)
+        if levels is not None:
+            zero += scale * tl.load(levels + 1)
+            scale = scale * tl.load(levels)
+        return entry * (scale * unit) + zero
