@@ -44,6 +44,8 @@ def draw(results: Results, path: Path) -> None:
             bottom.axhline(results.ceilings.read_tb_s, color="0.3", linewidth=1, linestyle="--")
         for ax in (top, bottom):
             _set_ticks(ax, distinct(each.tokens for each in timed))
+    for row in axes:
+        row[0].set_ylim(bottom=0)  # last: it ends autoscaling, and is shared by the row
     axes[0][0].set_ylabel("times as fast as the best 16-bit attention")
     axes[1][0].set_ylabel("TB/s of the cache read (dashed: read ceiling)")
     handles, labels = [], []
@@ -75,7 +77,6 @@ def _lines(ax: Any, rows: list[AttentionTiming], style: dict[str, tuple[str, str
         )
         if points:
             ax.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=name)
-    ax.set_ylim(bottom=0)
 
 
 def _set_ticks(ax: Any, tokens: list[int]) -> None:

@@ -8,7 +8,7 @@ of the matrix units: see `words.py` for how codes get there without conversion. 
 import triton
 import triton.language as tl
 
-from .words import number_pair, plane_position, planes, power, unpacked
+from .words import number_pair, plane_position, planes, power, tile_code, tile_power, unpacked
 
 # planes of queries and weights carry 2 to this, less their position, so that the smallest still is no subnormal
 EXPONENT = tl.constexpr(8)
@@ -16,9 +16,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.constexpr_function
+def _merged(words):
+    """Planes per tile: two where one of `words` words is half as wide as a matrix unit needs."""
+    return 2 if words == 4 else 1
+
+
+@triton.constexpr_function
 def _padded(words):
     """Words of a tile: a power of two, and wide enough for a matrix unit."""
-    return max(8, 1 << (words - 1).bit_length())
+    return max(4 if words == 4 else 8, 1 << (words - 1).bit_length())
 
 
 @triton.constexpr_function
@@ -30,10 +36,9 @@ def _shared(group, plane, groups, width, head_dim):
 
 
 @triton.constexpr_function
-def _order(group, plane, groups, width, head_dim, bits):
-    """How many pairs of group and plane that have channels in common come before this one."""
-    count = planes(bits)
-    before = [(g, p) for g in range(groups) for p in range(count) if (g, p) < (group, plane)]
+def _order(group, tile, groups, width, head_dim, count):
+    """How many pairs of a group and one of `count` tiles that have channels in common come before this one."""
+    before = [(g, p) for g in range(groups) for p in range(count) if (g, p) < (group, tile)]
     return sum(_shared(g, p, groups, width, head_dim) for g, p in before)
 
 
@@ -119,24 +124,27 @@ def _largest(scales, start, stop, ZERO: tl.constexpr):
 
 
 @triton.jit
-def _query_planes(
+def _query_tiles(
     query_rows, live, grid, head, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, LUT: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, EVEN: tl.constexpr, scaling,
+    WORDS: tl.constexpr, PADDED: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, LUT: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, scaling,
 ):  # fmt: skip
-    """The query by group and plane of the keys, each `[2 * PADDED, COLUMNS]` in units of its largest number.
+    """The query by group and tile of the keys, each `[2 * MERGE * PADDED, COLUMNS]`, in units of its largest number.
 
     FOLDED: static scales and the planes' powers of two are in the tiles, static zeros in `constant`.
 
     Returns the tiles, by row the sum over each group, `constant`, and the unit.
     """
     GROUP: tl.constexpr = HEAD_DIM // GROUPS
-    channel = tl.arange(0, 2 * PADDED)
+    WIDTH: tl.constexpr = 2 * MERGE * WORDS
+    TILES: tl.constexpr = planes(BITS) // MERGE
+    lane = tl.arange(0, 2 * MERGE * PADDED)
+    channel = tile_code(lane, WORDS, MERGE)
     raw = ()
     peak = tl.zeros([COLUMNS], tl.float32)
     constant = tl.zeros([COLUMNS], tl.float32)
-    for plane in tl.static_range(planes(BITS)):
-        at = plane * WIDTH + channel
+    for tile in tl.static_range(TILES):
+        at = tile * WIDTH + channel
         inside = (channel < WIDTH) & (at < HEAD_DIM)
         q = tl.load(query_rows + at[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if grid is not None and FOLDED:
@@ -151,14 +159,14 @@ def _query_planes(
     tiles = ()
     for group in tl.static_range(GROUPS):
         total = tl.zeros([COLUMNS], tl.float32)
-        for plane in tl.static_range(planes(BITS)):
-            if _shared(group, plane, GROUPS, WIDTH, HEAD_DIM):
-                at = plane * WIDTH + channel
+        for tile in tl.static_range(TILES):
+            if _shared(group, tile, GROUPS, WIDTH, HEAD_DIM):
+                at = tile * WIDTH + channel
                 mine = (at >= group * GROUP) & (at < (group + 1) * GROUP)
-                q = tl.where(mine[None, :], raw[plane], 0.0)
+                q = tl.where(mine[None, :], raw[tile], 0.0)
                 total += tl.sum(q, 1)
                 if FOLDED:
-                    q = q * power(EXPONENT - plane_position(BITS, LUT, plane))
+                    q = q * (tile_power(lane, BITS, LUT, tile, MERGE) * power(EXPONENT))
                 tiles = tiles + (tl.trans(q * (1.0 / largest)),)
         sums = sums + (_vector_columns(total * (scaling * LOG2E), ROWS, EVEN),)
     return tiles, sums, _vector_columns(constant * (scaling * LOG2E), ROWS, EVEN), largest
@@ -265,15 +273,18 @@ def attend_blocks(
     stop = tl.minimum(start + per_split, blocks)
 
     # ---- the query, plane by plane ----
-    K_PLANES: tl.constexpr = planes(KEY_BITS)
     K_WORDS: tl.constexpr = KEY_ROW // 3 * 2 if KEY_BITS == 3 else KEY_ROW
     K_PADDED: tl.constexpr = _padded(K_WORDS)
-    K_WIDTH: tl.constexpr = 2 * K_WORDS
+    MERGE: tl.constexpr = _merged(K_WORDS)
+    K_TILES: tl.constexpr = planes(KEY_BITS) // MERGE
+    K_WIDTH: tl.constexpr = 2 * MERGE * K_WORDS
     HALF: tl.constexpr = HEAD_DIM // 2
-    channel = tl.arange(0, 2 * K_PADDED)
-    tiles_q, sums, constant, peak = _query_planes(
+    lane = tl.arange(0, 2 * MERGE * K_PADDED)
+    channel = tile_code(lane, K_WORDS, MERGE)
+    tiles_q, sums, constant, peak = _query_tiles(
         query + (pid * rows + column_row)[:, None] * HEAD_DIM, column_live, key_grid, head, cos is None,
-        HEAD_DIM, KEY_BITS, K_WIDTH, K_PADDED, KEY_GROUPS if cos is None else 1, KEY_LUT, COLUMNS, ROWS, EVEN, scaling,
+        HEAD_DIM, KEY_BITS, K_WORDS, K_PADDED, MERGE, KEY_GROUPS if cos is None else 1, KEY_LUT, COLUMNS, ROWS, EVEN,
+        scaling,
     )  # fmt: skip
     unit = peak * (scaling * LOG2E)
     if cos is None:
@@ -330,7 +341,7 @@ def attend_blocks(
     if IN_PAIRS:
         ENTRIES: tl.constexpr = 127 if KEY_LUT else (1 << KEY_BITS) - 1
         steps, shifts, norm = _grid_pairs(
-            key_grid + head * (2 * HEAD_DIM), HEAD_DIM, KEY_BITS, KEY_LUT, ENTRIES, K_WIDTH, K_PADDED, TILE
+            key_grid + head * (2 * HEAD_DIM), HEAD_DIM, KEY_BITS, KEY_LUT, ENTRIES, K_WORDS, K_PADDED, MERGE, TILE
         )
         unit = unit / norm
 
@@ -382,7 +393,7 @@ def attend_blocks(
                     mask=live[:, None] & (key_high < K_WORDS // 2)[None, :],
                     other=0,
                 )
-        codes = unpacked(words, high, key_table, TILE, K_PADDED, KEY_BITS, KEY_LUT, ASM)
+        codes = unpacked(words, high, key_table, TILE, K_PADDED, KEY_BITS, KEY_LUT, ASM, MERGE)
         if cos is not None:
             # every channel is decoded and turned by its token's angle; the first half of them pairs with the second
             angles = batch * stride_angles_batch + (block * BLOCK + token)[:, None].to(tl.int64) * HALF
@@ -390,60 +401,60 @@ def attend_blocks(
             if not KEY_FULL:
                 held = live[:, None] & (channel < K_WIDTH)[None, :]
             dots = tl.zeros([TILE, COLUMNS], tl.float32)
-            for plane in tl.static_range(K_PLANES // 2):
-                at = plane * K_WIDTH + channel
+            for tile in tl.static_range(K_TILES // 2):
+                at = tile * K_WIDTH + channel
                 turn_cos = _load(cos + angles + at[None, :], held)
                 turn_sin = _load(sin + angles + at[None, :], held)
                 if IN_PAIRS:
                     low, high = _turned_pairs(
-                        codes[plane], codes[plane + K_PLANES // 2], steps[plane], shifts[plane],
-                        steps[plane + K_PLANES // 2], shifts[plane + K_PLANES // 2],
+                        codes[tile], codes[tile + K_TILES // 2], steps[tile], shifts[tile],
+                        steps[tile + K_TILES // 2], shifts[tile + K_TILES // 2],
                         turn_cos.to(tl.float16), turn_sin.to(tl.float16),
                     )  # fmt: skip
                 else:
                     low_half = _decoded(
-                        codes[plane], at, plane, key_scale_base, key_levels, key_grid, head, block, token, held,
-                        HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT,
+                        codes[tile], at, tile, key_scale_base, key_levels, key_grid, head, block, token, held,
+                        HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT, lane, MERGE,
                     )  # fmt: skip
                     high_half = _decoded(
-                        codes[plane + K_PLANES // 2], at + HALF, plane + K_PLANES // 2, key_scale_base, key_levels,
+                        codes[tile + K_TILES // 2], at + HALF, tile + K_TILES // 2, key_scale_base, key_levels,
                         key_grid, head, block, token, held,
-                        HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT,
+                        HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT, lane, MERGE,
                     )  # fmt: skip
                     turn_cos, turn_sin = turn_cos.to(tl.float32), turn_sin.to(tl.float32)
                     low = (low_half * turn_cos - high_half * turn_sin).to(tl.float16)
                     high = (high_half * turn_cos + low_half * turn_sin).to(tl.float16)
-                dots = tl.dot(low, tiles_q[plane].to(tl.float16), dots)
-                dots = tl.dot(high, tiles_q[plane + K_PLANES // 2].to(tl.float16), dots)
+                dots = tl.dot(low, tiles_q[tile].to(tl.float16), dots)
+                dots = tl.dot(high, tiles_q[tile + K_TILES // 2].to(tl.float16), dots)
             scores = _columns(dots, ROWS, EVEN) * unit
         elif KEY_SCALE == "channel":
             scale_pointer = key_scale_base + block * HEAD_DIM
-            highest = tl.zeros([2 * K_PADDED], tl.float32)
-            for plane in tl.static_range(K_PLANES):
-                at = plane * K_WIDTH + channel
+            highest = tl.zeros([2 * MERGE * K_PADDED], tl.float32)
+            for tile in tl.static_range(K_TILES):
+                at = tile * K_WIDTH + channel
                 inside = (channel < K_WIDTH) & (at < HEAD_DIM)
                 scale, zero = _numbers(scale_pointer, at, KEY_ZERO, inside)
                 highest = tl.maximum(highest, scale)
             step = tl.maximum(tl.max(highest, 0), 1e-30)
             dots = tl.zeros([TILE, COLUMNS], tl.float32)
             bias = tl.zeros([COLUMNS], tl.float32)
-            for plane in tl.static_range(K_PLANES):
-                at = plane * K_WIDTH + channel
+            for tile in tl.static_range(K_TILES):
+                at = tile * K_WIDTH + channel
                 inside = (channel < K_WIDTH) & (at < HEAD_DIM)
                 scale, zero = _numbers(scale_pointer, at, KEY_ZERO, inside)
-                q = tiles_q[plane]
-                moved = (zero + scale * offset) * power(plane_position(KEY_BITS, KEY_LUT, plane) - EXPONENT)
+                q = tiles_q[tile]
+                moved = (zero + scale * offset) / (tile_power(lane, KEY_BITS, KEY_LUT, tile, MERGE) * power(EXPONENT))
                 bias += tl.sum(q * moved[:, None], 0)
-                dots = tl.dot(codes[plane], (q * (scale / step)[:, None]).to(tl.float16), dots)
+                dots = tl.dot(codes[tile], (q * (scale / step)[:, None]).to(tl.float16), dots)
             whole = _vector_columns(bias, ROWS, EVEN) * (peak * (scaling * LOG2E))
             scores = _columns(dots, ROWS, EVEN) * (unit * step) + whole[None, :]
         else:
             for group in tl.static_range(KEY_GROUPS):
                 dots = tl.zeros([TILE, COLUMNS], tl.float32)
-                for plane in tl.static_range(K_PLANES):
-                    if _shared(group, plane, KEY_GROUPS, K_WIDTH, HEAD_DIM):
-                        q = tiles_q[_order(group, plane, KEY_GROUPS, K_WIDTH, HEAD_DIM, KEY_BITS)]
-                        dots = tl.dot(codes[plane], q.to(tl.float16), dots)
+                for tile in tl.static_range(K_TILES):
+                    if _shared(group, tile, KEY_GROUPS, K_WIDTH, HEAD_DIM):
+                        q = tiles_q[_order(group, tile, KEY_GROUPS, K_WIDTH, HEAD_DIM, K_TILES)]
+                        dots = tl.dot(codes[tile], q.to(tl.float16), dots)
                 products = _columns(dots, ROWS, EVEN)
                 if KEY_SCALE == "token":
                     where = (block * BLOCK + token) * KEY_GROUPS + group
@@ -462,19 +473,19 @@ def attend_blocks(
             if key_grid is not None:
                 scores += constant[None, :]
         if KEY_OUTLIERS > 0:
-            lane = tl.arange(0, ROWS)
+            row_lane = tl.arange(0, ROWS)
             for slot in tl.static_range(KEY_OUTLIERS):
                 where = key_slots + block * (BLOCK * KEY_OUTLIERS) + slot
                 at = tl.load(key_places + where, mask=live, other=0).to(tl.int32)
                 excess = tl.load(key_excess + where, mask=live, other=0.0).to(tl.float32)
-                found = tl.load(query_scratch + at[:, None] * ROWS + lane[None, :], cache_modifier=".ca")
+                found = tl.load(query_scratch + at[:, None] * ROWS + row_lane[None, :], cache_modifier=".ca")
                 if cos is not None:
                     row_angles = batch * stride_angles_batch + (block * BLOCK + token).to(tl.int64) * HALF + at % HALF
                     turn_cos = tl.load(cos + row_angles, mask=live, other=0.0).to(tl.float32)
                     turn_sin = tl.load(sin + row_angles, mask=live, other=0.0).to(tl.float32)
                     turn_sin = tl.where(at < HALF, turn_sin, -turn_sin)
                     partner = (at + HALF) % HEAD_DIM
-                    other = tl.load(query_scratch + partner[:, None] * ROWS + lane[None, :])
+                    other = tl.load(query_scratch + partner[:, None] * ROWS + row_lane[None, :])
                     found = found * turn_cos[:, None] + other * turn_sin[:, None]
                 scores += excess[:, None] * found
         if softcap is not None:
@@ -527,9 +538,9 @@ def attend_blocks(
         if HAS_ZERO:
             zeros = new_zeros
         if VALUE_OUTLIERS > 0:
-            lane = tl.arange(0, ROWS)
+            row_lane = tl.arange(0, ROWS)
             tl.debug_barrier()
-            tl.store(weight_scratch + token[:, None] * ROWS + lane[None, :], weights)
+            tl.store(weight_scratch + token[:, None] * ROWS + row_lane[None, :], weights)
             tl.debug_barrier()
         new_mixed = ()
         new_corrections = ()
@@ -587,7 +598,7 @@ def attend_blocks(
                             held = part_channel * 0 + block + inner < stop
                         at = _load(value_places + where, held).to(tl.int32) + inner * BLOCK
                         excess = _load(value_excess + where, held).to(tl.float32)
-                        found = tl.load(weight_scratch + at[:, None] * ROWS + lane[None, :], cache_modifier=".cg")
+                        found = tl.load(weight_scratch + at[:, None] * ROWS + row_lane[None, :], cache_modifier=".cg")
                         correction += excess[:, None] * found
                 new_corrections = new_corrections + (correction,)
         mixed = new_mixed
@@ -635,17 +646,20 @@ def _headroom(entries):
 
 @triton.jit
 def _grid_pairs(
-    grid, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, TILE: tl.constexpr,
+    grid, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr,
+    PADDED: tl.constexpr, MERGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Static scales and zeros by plane, float16 `[TILE, 2 * PADDED]`, times a power of two that keeps keys in float16.
+    """Static scales and zeros by tile, float16 `[TILE, 2 * MERGE * PADDED]`, times a power of two that keeps keys in
+    float16.
 
     Returns both, and the power.
     """
-    channel = tl.arange(0, 2 * PADDED)
-    peak = tl.zeros([2 * PADDED], tl.float32) + power(-100)
-    for plane in tl.static_range(planes(BITS)):
-        at = plane * WIDTH + channel
+    WIDTH: tl.constexpr = 2 * MERGE * WORDS
+    lane = tl.arange(0, 2 * MERGE * PADDED)
+    channel = tile_code(lane, WORDS, MERGE)
+    peak = tl.zeros([2 * MERGE * PADDED], tl.float32) + power(-100)
+    for tile in tl.static_range(planes(BITS) // MERGE):
+        at = tile * WIDTH + channel
         inside = (channel < WIDTH) & (at < HEAD_DIM)
         scale = tl.load(grid + at, mask=inside, other=0.0)
         zero = tl.load(grid + HEAD_DIM + at, mask=inside, other=0.0)
@@ -653,13 +667,13 @@ def _grid_pairs(
     norm = tl.exp2(-tl.ceil(tl.log2(tl.max(peak, 0)))) * (0.25 * _headroom(ENTRIES))
     steps = ()
     shifts = ()
-    for plane in tl.static_range(planes(BITS)):
-        at = plane * WIDTH + channel
+    for tile in tl.static_range(planes(BITS) // MERGE):
+        at = tile * WIDTH + channel
         inside = (channel < WIDTH) & (at < HEAD_DIM)
-        scale = tl.load(grid + at, mask=inside, other=0.0) * power(24 - plane_position(BITS, LUT, plane))
+        scale = tl.load(grid + at, mask=inside, other=0.0) * (tile_power(lane, BITS, LUT, tile, MERGE) * power(24))
         zero = tl.load(grid + HEAD_DIM + at, mask=inside, other=0.0)
-        steps = steps + (tl.broadcast_to((scale * norm).to(tl.float16)[None, :], [TILE, 2 * PADDED]),)
-        shifts = shifts + (tl.broadcast_to((zero * norm).to(tl.float16)[None, :], [TILE, 2 * PADDED]),)
+        steps = steps + (tl.broadcast_to((scale * norm).to(tl.float16)[None, :], [TILE, 2 * MERGE * PADDED]),)
+        shifts = shifts + (tl.broadcast_to((zero * norm).to(tl.float16)[None, :], [TILE, 2 * MERGE * PADDED]),)
     return steps, shifts, norm
 
 
@@ -689,13 +703,13 @@ def _turned_pairs(low, high, low_step, low_shift, high_step, high_shift, cos, si
 
 @triton.jit
 def _decoded(
-    codes, at, PLANE: tl.constexpr, scales, levels, grid, head, block, token, held,
+    codes, at, INDEX: tl.constexpr, scales, levels, grid, head, block, token, held,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
-    ZERO: tl.constexpr, LUT: tl.constexpr,
+    ZERO: tl.constexpr, LUT: tl.constexpr, lane, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Keys `[tokens, channels]` of one plane, float32; 0 where not `held`, which is None if all are."""
+    """Keys `[tokens, channels]` of one tile, float32; 0 where not `held`, which is None if all are."""
     entry = codes.to(tl.float32)
-    unit = power(24 - plane_position(BITS, LUT, PLANE))
+    unit = tile_power(lane, BITS, LUT, INDEX, MERGE) * power(24)
     if SCALE == "static":
         pointer = grid + head * (2 * HEAD_DIM) + at
         inside = at >= 0 if held is None else at < HEAD_DIM
@@ -714,4 +728,4 @@ def _decoded(
         if levels is not None:
             zero += scale * tl.load(levels + 1)
             scale = scale * tl.load(levels)
-        return entry * (scale * unit) + zero
+        return entry * (scale * unit if MERGE == 1 else scale * unit[None, :]) + zero

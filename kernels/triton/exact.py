@@ -165,12 +165,14 @@ def combine(
     BASIS: tl.constexpr,  # channels that the Hadamard rotation of the first slots mixes; 1: none
     SLOTS: tl.constexpr,
 ):
-    """All slots of each row as one normalised output; a row that saw nothing is zero. Grid: (batch * kv_heads, rows).
+    """All slots of each row as one normalised output; a row that saw nothing is zero.
+
+    Grid: (rows, batch * kv_heads); long prompts have more rows than a grid's second axis takes.
 
     The mixes of the first `rotated_slots` slots are in the rotated basis.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
+    pid = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0)
     channel = tl.arange(0, PAD)
     live = channel < DIM
     base = pid * slots * rows + row

@@ -73,7 +73,7 @@ def attend(
             first_slot += splits
         out = query.new_empty(*query.shape[:3], shape.value_dim)
         rotated = packed is not None and packed.formats.value.rotation == "hadamard"
-        combine[(shape.batch * shape.kv_heads, shape.rows)](
+        combine[(shape.rows, shape.batch * shape.kv_heads)](
             mix, lse, None if sink is None else sink.contiguous(), out,
             shape.rows, shape.queries, shape.kv_heads, packed_splits, slots,
             DIM=shape.value_dim, PAD=_power_of_two(shape.value_dim),

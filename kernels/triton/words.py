@@ -88,31 +88,66 @@ def plane_position(bits, lut, index):
 @triton.jit
 def unpacked(
     words, high, table, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, MERGE: tl.constexpr = 1,
 ):  # fmt: skip
     """All planes of a row as float16 subnormals `[ROWS, 2 * WORDS]`: codes, or what `table` has for them.
 
     words: int32 `[ROWS, WORDS]`; of 3 bits the 2-bit row, with `high` the 1-bit row `[ROWS, WORDS // 2]`.
     table: with LUT, pointer to the bytes below 128 of `2**BITS` entries; of 3 bits always, else anything.
+    MERGE: 2 gives tiles `[ROWS, 4 * WORDS]` of two planes each, where one is too narrow for a matrix unit: `tile_code`.
     """
+    found = _plane_words(words, high, table, ROWS, WORDS, BITS, LUT, ASM)
     tiles = ()
+    for index in tl.static_range(planes(BITS) // MERGE):
+        if MERGE == 2:
+            # whole words side by side, so that a register still holds neighbours of one plane
+            both = tl.reshape(tl.join(found[2 * index], found[2 * index + 1]), [ROWS, 2 * WORDS])
+            tiles = tiles + (halves(both, ROWS, 2 * WORDS),)
+        else:
+            tiles = tiles + (halves(found[index], ROWS, WORDS),)
+    return tiles
+
+
+@triton.jit
+def tile_code(column, WORDS: tl.constexpr, MERGE: tl.constexpr):
+    """Which code of a tile's planes, put one after the other, lies in a column of `unpacked`."""
+    if MERGE == 2:
+        return (column // 2) % 2 * (2 * WORDS) + column // 4 * 2 + column % 2
+    else:
+        return column
+
+
+@triton.jit
+def tile_power(column, BITS: tl.constexpr, LUT: tl.constexpr, TILE: tl.constexpr, MERGE: tl.constexpr):
+    """2 to minus the positions of a tile's codes, by column or for all."""
+    if MERGE == 2:
+        even: tl.constexpr = power(-plane_position(BITS, LUT, 2 * TILE))
+        odd: tl.constexpr = power(-plane_position(BITS, LUT, 2 * TILE + 1))
+        return tl.where((column // 2) % 2 == 0, even, odd)
+    else:
+        return power(-plane_position(BITS, LUT, TILE))
+
+
+@triton.jit
+def _plane_words(
+    words, high, table, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """int32 `[ROWS, WORDS]` by plane, two subnormals in each."""
     if BITS == 3:
         # an odd word's high bits lie two below those of the even word before it
         spread = tl.reshape(tl.join(high << 2, high), [ROWS, WORDS])
         found = _look_up3(words, spread, table, ROWS, WORDS, ASM)
-        for index in tl.static_range(8):
-            tiles = tiles + (halves(found[index], ROWS, WORDS),)
     elif LUT:
         if BITS == 4:
             found = _look_up4(words, table, ROWS, WORDS, ASM)
         else:
             found = _look_up2(words, table, ROWS, WORDS, ASM)
-        for index in tl.static_range(16 // BITS):
-            tiles = tiles + (halves(found[index], ROWS, WORDS),)
     else:
+        found = ()
         for index in tl.static_range(16 // BITS):
-            tiles = tiles + (halves(plane(words, BITS, index, ASM), ROWS, WORDS),)
-    return tiles
+            found = found + (plane(words, BITS, index, ASM),)
+    return found
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def _attend(formats: LayerFormat, head_dim: int, group: int) -> None:
     tables: dict[Side, Tables] = {"key": _tables(formats.key, head_dim), "value": _tables(formats.value, head_dim)}
     key = quantize.encode(states, formats.key, "key", formats.block, tables=tables["key"])
     value = quantize.encode(states, formats.value, "value", formats.block, tables=tables["value"])
-    cos = sin = torch.zeros(1, tokens, head_dim // 2, dtype=torch.bfloat16)
+    cos = sin = torch.zeros(1, tokens, head_dim // 2, dtype=torch.float16)
     angles = (cos, sin) if formats.key.rope == "pre" else None
     segment = PackedSegment(key, value, formats, tables, angles=angles)
     query = torch.zeros(1, HEADS * group, 1, head_dim, dtype=torch.bfloat16)
