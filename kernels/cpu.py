@@ -58,7 +58,6 @@ def serves(rows: Tensor, fmt: Format, side: Side, tables: Tables = NO_TABLES) ->
     return not fmt.outliers or count <= SPARSE_ROWS
 
 
-@torch.autocast("cpu", enabled=False)
 def packed_scores(
     query: Tensor, packed: dict[str, Tensor], fmt: Format, block: int, tables: Tables = NO_TABLES
 ) -> Tensor:
@@ -103,7 +102,6 @@ def packed_scores(
     return scores.unflatten(0, packed["codes"].shape[:2])
 
 
-@torch.autocast("cpu", enabled=False)
 def packed_partial(
     scores: Tensor,
     packed: dict[str, Tensor],

@@ -105,6 +105,16 @@ def part_of(value_dim: int, fmt: Format) -> int:
     return group & -group
 
 
+def prepare(formats: LayerFormat, tables: dict[Side, Tables], device: torch.device) -> None:
+    """Make what the kernels read of `tables`, as they are, so that no launch in a CUDA graph has to."""
+    from .triton import launch
+
+    sides: tuple[tuple[Side, Format], ...] = (("key", formats.key), ("value", formats.value))
+    for side, fmt in sides:
+        if fmt.packed:
+            launch.operands(tables[side], fmt, device)
+
+
 def attend(
     query: Tensor,
     packed: PackedSegment | None,
@@ -133,6 +143,8 @@ def _require_fitting(
     batch, query_heads, queries, head_dim = query.shape
     if not query.is_floating_point() or query.dtype == torch.float64:
         raise ValueError(f"the fused kernels compute in float32, the query is {query.dtype}; use the reference")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, *(t for e in exact for t in (e.key, e.value)))):
+        raise ValueError("the fused kernels have no gradients; use the reference, or torch.no_grad()")
     if packed is not None:
         blocks = _require_packed(packed, head_dim, query)
         kv_heads, value_dim = packed.value["codes"].shape[1], packed.value["codes"].shape[3]

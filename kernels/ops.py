@@ -458,6 +458,6 @@ def _sink_positions(first: Tensor, count: int) -> Tensor:
 
 def _tables(plan: Layout, key: list[Tensor], value: list[Tensor]) -> dict[Side, Tables]:
     return {
-        "key": Tables(**dict(zip(plan.key_tables, key, strict=True))),
-        "value": Tables(**dict(zip(plan.value_tables, value, strict=True))),
+        "key": Tables.of(**dict(zip(plan.key_tables, key, strict=True))),
+        "value": Tables.of(**dict(zip(plan.value_tables, value, strict=True))),
     }

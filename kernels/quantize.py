@@ -56,6 +56,14 @@ class Tables:
         if self.codebook is not None and self.codebook.shape in _ON_GRID:
             object.__setattr__(self, "codebook", _on_grid(self.codebook))
 
+    @classmethod
+    def of(cls, **tensors: Tensor) -> "Tables":
+        """Tables of tensors that were those of others: a codebook is on its grid already and stays as it is."""
+        tables = cls.__new__(cls)
+        for field in fields(cls):
+            object.__setattr__(tables, field.name, tensors.get(field.name))
+        return tables
+
     def steps(self) -> Steps:
         """The codebook of 2, 3 or 4 bits as points of its grid; raises ValueError without one."""
         if self.codebook is None or self.codebook.shape not in _ON_GRID:

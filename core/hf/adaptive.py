@@ -19,6 +19,7 @@ from ..store import compact
 from .handles import LazyStates
 from .layer import ROWS, SIDES, PackedLayer, under
 from .masks import key_validity
+from .precision import full_precision
 from .segments import Scoring, fold
 
 # scores that are held at a time, over batch, heads, queries and keys
@@ -118,7 +119,8 @@ class AdaptiveLayer(PackedLayer):
         """Store `[batch, kv_heads, tokens, dim]` and return lazy handles to all tokens; raises as `PackedLayer`."""
         if self.due:
             # another attention function read the last forward: nothing is known of attention
-            self._council.decide(self, overdue=True)
+            with full_precision(key_states.device):
+                self._council.decide(self, overdue=True)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def attend(self, query: Tensor, key: LazyStates, value: LazyStates, scoring: Scoring) -> Tensor:

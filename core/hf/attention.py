@@ -9,6 +9,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .handles import LazyStates
 from .masks import Visibility, attention_mask
+from .precision import full_precision
 from .segments import Scoring, dense_segment, fold
 from .static_layer import StaticStates
 
@@ -50,16 +51,17 @@ def attention_forward(
     if isinstance(key, LazyStates) and isinstance(value, LazyStates):
         key.require_current()
         layer = key.layer
-        query = layer.rotated_query(query, module)
-        if layer.reads_packed(key):
-            if dropout:
-                raise ValueError(f"dropout={dropout} cannot be applied over packed keys; call model.eval()")
-            output = layer.attend(query, key, value, scoring)
+        with full_precision(query.device):
+            query = layer.rotated_query(query, module)
+            if layer.reads_packed(key):
+                if dropout:
+                    raise ValueError(f"dropout={dropout} cannot be applied over packed keys; call model.eval()")
+                output = layer.attend(query, key, value, scoring)
+                layer.settle()
+                return output.transpose(1, 2).contiguous(), None
+            layer.observe(query, key, scoring)
+            key, value = key.materialize(), value.materialize()
             layer.settle()
-            return output.transpose(1, 2).contiguous(), None
-        layer.observe(query, key, scoring)
-        key, value = key.materialize(), value.materialize()
-        layer.settle()
     elif isinstance(key, LazyStates) or isinstance(value, LazyStates):
         # the model has already used one of the two (multi-head latent attention builds keys from both)
         layer = key.layer if isinstance(key, LazyStates) else value.layer  # type: ignore[union-attr]

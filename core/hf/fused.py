@@ -24,8 +24,10 @@ def attend_fused(
     """
     if not backend.triton_serves(query.device) or query.dtype == torch.float64:
         return None
-    if torch.is_grad_enabled() and query.requires_grad:
-        return None
+    newest_key = key.rotated_exact()
+    learned = [t for t in (query, newest_key, value.exact, scoring.s_aux) if t is not None and t.requires_grad]
+    if learned and torch.is_grad_enabled():
+        return None  # the kernels have no gradients
     both_exact = layer.formats.key.codes == layer.formats.value.codes == "exact"
     angles = layer.angles(key.start) if layer.turned else None
     formats = _read_as(layer)
@@ -44,7 +46,7 @@ def attend_fused(
     else:
         packed, older = _packed(layer, formats, key.start, scoring, angles), _sinks(layer, key.start, scoring)
     view = scoring.visibility
-    newest = ExactSegment(key.rotated_exact(), value.exact, view.seen(key.start, view.keys), view.causal)
+    newest = ExactSegment(newest_key, value.exact, view.seen(key.start, view.keys), view.causal)
     segments = [newest] if older is None else [older, newest]
     return fused.attend(query, packed, segments, scoring.scaling, scoring.softcap, scoring.s_aux)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...kernels.format import Side
+from .precision import full_precision
 
 if TYPE_CHECKING:
     from .layer import PackedLayer
@@ -68,7 +69,8 @@ class LazyStates(Tensor):
             # the tail is a view with room behind it, but a handle claims to be contiguous
             return self.rotated_exact().contiguous()
         LazyStates.dequantized += 1
-        return torch.cat([self.layer.dequantize(self.side, self.start), self.rotated_exact()], dim=2)
+        with full_precision(self.exact.device):
+            return torch.cat([self.layer.dequantize(self.side, self.start), self.rotated_exact()], dim=2)
 
     def _for_others(self) -> Tensor:
         """`materialize` for code that is not our attention, which cannot know what the handle left undone."""

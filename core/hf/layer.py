@@ -14,6 +14,7 @@ from ..protocol import CacheQuantizer, LayerSpec
 from ..store import ExactTail
 from .compat import tokens_to_keep
 from .handles import LazyStates
+from .precision import full_precision
 from .rope import RotaryTable, RotaryTables, Rotate
 from .segments import Scoring
 
@@ -102,7 +103,7 @@ class PackedLayer(CacheLayerMixin):
         if self.before_rope and not self._rope_noted:
             raise RuntimeError(_NOT_ATTACHED.format(self.index))
         start = self.packed_tokens
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(key_states.device):
             exact = self._store(key_states.detach(), value_states.detach())
         new: dict[Side, Tensor] = {"key": key_states, "value": value_states}
         exact = {side: _with_gradients(states, new[side]) for side, states in exact.items()}

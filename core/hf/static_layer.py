@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import quantize
+from ...kernels import backend, fused, quantize
 from ...kernels.format import Side
 from ...kernels.ops import Buffers, Layout
 from ...kernels.quantize import Tables
@@ -212,6 +212,9 @@ class StaticPackedLayer(BlockLayer):
                 tensor.copy_(fitted)
         buffers.length.fill_(stop)
         buffers.blocks.fill_(past // self.formats.block)
+        served = backend.triton_serves(self.device) and not fused.unserved(self.formats, self.head_dim, self.value_dim)
+        if served:
+            fused.prepare(self.formats, buffers.tables(), self.device)
         self._real = self._first = None
         self.frozen = True
 

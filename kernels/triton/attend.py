@@ -8,82 +8,21 @@ of the matrix units: see `words.py` for how codes get there without conversion. 
 import triton
 import triton.language as tl
 
-from .words import number_pair, plane_position, planes, power, tile_code, tile_power, unpacked
-
-# planes of queries and weights carry 2 to this, less their position, so that the smallest still is no subnormal
-EXPONENT = tl.constexpr(8)
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.constexpr_function
-def _merged(words):
-    """Planes per tile: two where one of `words` words is half as wide as a matrix unit needs."""
-    return 2 if words == 4 else 1
-
-
-@triton.constexpr_function
-def _padded(words):
-    """Words of a tile: a power of two, and wide enough for a matrix unit."""
-    return max(4 if words == 4 else 8, 1 << (words - 1).bit_length())
-
-
-@triton.constexpr_function
-def _shared(group, plane, groups, width, head_dim):
-    """Whether a group of channels and a plane of `width` channels have any in common."""
-    size = head_dim // groups
-    low, high = max(group * size, plane * width), min((group + 1) * size, (plane + 1) * width)
-    return low < high
-
-
-@triton.constexpr_function
-def _order(group, tile, groups, width, head_dim, count):
-    """How many pairs of a group and one of `count` tiles that have channels in common come before this one."""
-    before = [(g, p) for g in range(groups) for p in range(count) if (g, p) < (group, tile)]
-    return sum(_shared(g, p, groups, width, head_dim) for g, p in before)
-
-
-@triton.jit
-def _columns(x, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """Of `x [tokens, columns]` those that hold rows: `[tokens, ROWS]`."""
-    if EVEN:
-        x, _ = tl.split(tl.reshape(x, [x.shape[0], ROWS, 2]))
-    return x
-
-
-@triton.jit
-def _vector_columns(x, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    if EVEN:
-        x, _ = tl.split(tl.reshape(x, [ROWS, 2]))
-    return x
-
-
-@triton.jit
-def _spread(x, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """The inverse of `_vector_columns`, the columns between rows alike."""
-    if EVEN:
-        x = tl.reshape(tl.join(x, x), [2 * ROWS])
-    return x
-
-
-@triton.jit
-def _numbers(scales, offsets, ZERO: tl.constexpr, live):
-    """float32 scale and zero at `offsets`, see `_load`; without ZERO scales stand alone."""
-    stored = _load(scales + offsets, live)
-    if ZERO:
-        scale, zero = number_pair(stored)
-    else:
-        scale = stored.to(tl.float32)
-        zero = tl.zeros_like(scale)
-    return scale, zero
-
-
-@triton.jit
-def _load(pointer, live):
-    """What is there, 0 where not `live`; None: all are."""
-    if live is None:
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=live, other=0)
+from .query import (
+    EXPONENT,
+    LOG2E,
+    capped,
+    keep_query,
+    overlap,
+    query_tiles,
+    row_columns,
+    score_columns,
+    tile_index,
+    to_columns,
+)
+from .rope import decoded_keys, grid_pairs, turned_pairs
+from .scales import largest_scale, load_held, scale_and_zero
+from .words import padded_words, plane_position, planes, planes_per_tile, power, tile_code, tile_power, unpacked
 
 
 @triton.jit
@@ -112,75 +51,6 @@ def _by_plane(p, SPAN: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr, 
     return tiles
 
 
-@triton.jit
-def _largest(scales, start, stop, ZERO: tl.constexpr):
-    """The largest of scales `[start, stop)`, at least the smallest that a float16 can be."""
-    highest = tl.full([1024], power(-24), tl.float32)
-    for begin in range(start, stop, 1024):
-        at = begin + tl.arange(0, 1024)
-        scale, _ = _numbers(scales, at, ZERO, at < stop)
-        highest = tl.maximum(highest, scale)
-    return tl.max(highest, 0)
-
-
-@triton.jit
-def _query_tiles(
-    query_rows, live, grid, head, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
-    WORDS: tl.constexpr, PADDED: tl.constexpr, MERGE: tl.constexpr, GROUPS: tl.constexpr, LUT: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, scaling,
-):  # fmt: skip
-    """The query by group and tile of the keys, each `[2 * MERGE * PADDED, COLUMNS]`, in units of its largest number.
-
-    FOLDED: static scales and the planes' powers of two are in the tiles, static zeros in `constant`.
-
-    Returns the tiles, by row the sum over each group, `constant`, and the unit.
-    """
-    GROUP: tl.constexpr = HEAD_DIM // GROUPS
-    WIDTH: tl.constexpr = 2 * MERGE * WORDS
-    TILES: tl.constexpr = planes(BITS) // MERGE
-    lane = tl.arange(0, 2 * MERGE * PADDED)
-    channel = tile_code(lane, WORDS, MERGE)
-    raw = ()
-    peak = tl.zeros([COLUMNS], tl.float32)
-    constant = tl.zeros([COLUMNS], tl.float32)
-    for tile in tl.static_range(TILES):
-        at = tile * WIDTH + channel
-        inside = (channel < WIDTH) & (at < HEAD_DIM)
-        q = tl.load(query_rows + at[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        if grid is not None and FOLDED:
-            pointer = grid + head * (2 * HEAD_DIM) + at
-            constant += tl.sum(q * tl.load(pointer + HEAD_DIM, mask=inside, other=0.0)[None, :], 1)
-            q = q * tl.load(pointer, mask=inside, other=0.0)[None, :]
-        peak = tl.maximum(peak, tl.max(tl.abs(q), 1))
-        raw = raw + (q,)
-    largest = tl.max(peak, 0)
-    largest = tl.where(largest > 0, largest, 1.0)
-    sums = ()
-    tiles = ()
-    for group in tl.static_range(GROUPS):
-        total = tl.zeros([COLUMNS], tl.float32)
-        for tile in tl.static_range(TILES):
-            if _shared(group, tile, GROUPS, WIDTH, HEAD_DIM):
-                at = tile * WIDTH + channel
-                mine = (at >= group * GROUP) & (at < (group + 1) * GROUP)
-                q = tl.where(mine[None, :], raw[tile], 0.0)
-                total += tl.sum(q, 1)
-                if FOLDED:
-                    q = q * (tile_power(lane, BITS, LUT, tile, MERGE) * power(EXPONENT))
-                tiles = tiles + (tl.trans(q * (1.0 / largest)),)
-        sums = sums + (_vector_columns(total * (scaling * LOG2E), ROWS, EVEN),)
-    return tiles, sums, _vector_columns(constant * (scaling * LOG2E), ROWS, EVEN), largest
-
-
-@triton.jit
-def _keep_query(query, scratch, row, rows, scaling, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
-    """The query scaled, `[HEAD_DIM, ROWS]`, where it can be read by channel."""
-    for channel in range(HEAD_DIM):
-        q = tl.load(query + row * HEAD_DIM + channel, mask=row < rows, other=0.0).to(tl.float32)
-        tl.store(scratch + channel * ROWS + tl.arange(0, ROWS), q * (scaling * LOG2E))
-    tl.debug_barrier()
-
-
 # sizes that grow with the cache: compiling anew for each that divides by 16 would cost seconds while decoding
 _UNSPECIALISED = [
     "rows", "queries", "blocks", "first", "slots", "key_capacity", "value_capacity", "stride_visible_batch",
@@ -193,7 +63,7 @@ def attend_blocks(
     query,  # [batch * kv_heads, rows, HEAD_DIM]
     key_codes,  # int32 [batch * kv_heads, key_capacity, BLOCK, KEY_ROW]
     key_scales,  # (scale, zero) float16 as one int32, or scale alone: see KEY_SCALE and KEY_ZERO
-    key_table,  # bytes of the levels' entries, for codebooks and 3 bits
+    key_table,  # bytes of the levels' entries, for codebooks
     key_levels,  # float32 [2]: level = levels[0] * entry + levels[1]; None: level = entry
     key_grid,  # float32 [kv_heads, 2, HEAD_DIM]: scale and zero of static channels, of entries
     key_places,  # int16 [batch * kv_heads, key_capacity, BLOCK, KEY_OUTLIERS]
@@ -274,14 +144,14 @@ def attend_blocks(
 
     # ---- the query, plane by plane ----
     K_WORDS: tl.constexpr = KEY_ROW // 3 * 2 if KEY_BITS == 3 else KEY_ROW
-    K_PADDED: tl.constexpr = _padded(K_WORDS)
-    MERGE: tl.constexpr = _merged(K_WORDS)
+    K_PADDED: tl.constexpr = padded_words(K_WORDS)
+    MERGE: tl.constexpr = planes_per_tile(K_WORDS)
     K_TILES: tl.constexpr = planes(KEY_BITS) // MERGE
     K_WIDTH: tl.constexpr = 2 * MERGE * K_WORDS
     HALF: tl.constexpr = HEAD_DIM // 2
     lane = tl.arange(0, 2 * MERGE * K_PADDED)
     channel = tile_code(lane, K_WORDS, MERGE)
-    tiles_q, sums, constant, peak = _query_tiles(
+    tiles_q, sums, constant, peak = query_tiles(
         query + (pid * rows + column_row)[:, None] * HEAD_DIM, column_live, key_grid, head, cos is None,
         HEAD_DIM, KEY_BITS, K_WORDS, K_PADDED, MERGE, KEY_GROUPS if cos is None else 1, KEY_LUT, COLUMNS, ROWS, EVEN,
         scaling,
@@ -299,7 +169,7 @@ def attend_blocks(
         query_scratch = scratch + program * ((HEAD_DIM + TILE) * ROWS)
         weight_scratch = query_scratch + HEAD_DIM * ROWS
     if KEY_OUTLIERS > 0:
-        _keep_query(query + pid * rows * HEAD_DIM, query_scratch, row, rows, scaling, HEAD_DIM, ROWS)
+        keep_query(query + pid * rows * HEAD_DIM, query_scratch, row, rows, scaling, HEAD_DIM, ROWS)
 
     # ---- the values' side of it ----
     V_PLANES: tl.constexpr = planes(VALUE_BITS)
@@ -340,7 +210,7 @@ def attend_blocks(
     IN_PAIRS: tl.constexpr = ASM and cos is not None and KEY_SCALE == "static"
     if IN_PAIRS:
         ENTRIES: tl.constexpr = 127 if KEY_LUT else (1 << KEY_BITS) - 1
-        steps, shifts, norm = _grid_pairs(
+        steps, shifts, norm = grid_pairs(
             key_grid + head * (2 * HEAD_DIM), HEAD_DIM, KEY_BITS, KEY_LUT, ENTRIES, K_WORDS, K_PADDED, MERGE, TILE
         )
         unit = unit / norm
@@ -362,7 +232,8 @@ def attend_blocks(
     largest = 1.0
     if VALUE_SCALE == "token":
         # weights times scales have to fit float16, so scales are in units of the split's largest
-        largest = _largest(value_scale_base, start * (BLOCK * VALUE_GROUPS), stop * (BLOCK * VALUE_GROUPS), VALUE_ZERO)
+        PER_BLOCK: tl.constexpr = BLOCK * VALUE_GROUPS
+        largest = largest_scale(value_scale_base, start * PER_BLOCK, stop * PER_BLOCK, VALUE_ZERO)
         place = place * (1.0 / largest)
     if KEY_OUTLIERS > 0:
         key_slots = (pid * key_capacity * BLOCK + token) * KEY_OUTLIERS
@@ -403,20 +274,20 @@ def attend_blocks(
             dots = tl.zeros([TILE, COLUMNS], tl.float32)
             for tile in tl.static_range(K_TILES // 2):
                 at = tile * K_WIDTH + channel
-                turn_cos = _load(cos + angles + at[None, :], held)
-                turn_sin = _load(sin + angles + at[None, :], held)
+                turn_cos = load_held(cos + angles + at[None, :], held)
+                turn_sin = load_held(sin + angles + at[None, :], held)
                 if IN_PAIRS:
-                    low, high = _turned_pairs(
+                    low, high = turned_pairs(
                         codes[tile], codes[tile + K_TILES // 2], steps[tile], shifts[tile],
                         steps[tile + K_TILES // 2], shifts[tile + K_TILES // 2],
                         turn_cos.to(tl.float16), turn_sin.to(tl.float16),
                     )  # fmt: skip
                 else:
-                    low_half = _decoded(
+                    low_half = decoded_keys(
                         codes[tile], at, tile, key_scale_base, key_levels, key_grid, head, block, token, held,
                         HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT, lane, MERGE,
                     )  # fmt: skip
-                    high_half = _decoded(
+                    high_half = decoded_keys(
                         codes[tile + K_TILES // 2], at + HALF, tile + K_TILES // 2, key_scale_base, key_levels,
                         key_grid, head, block, token, held,
                         HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT, lane, MERGE,
@@ -426,14 +297,14 @@ def attend_blocks(
                     high = (high_half * turn_cos + low_half * turn_sin).to(tl.float16)
                 dots = tl.dot(low, tiles_q[tile].to(tl.float16), dots)
                 dots = tl.dot(high, tiles_q[tile + K_TILES // 2].to(tl.float16), dots)
-            scores = _columns(dots, ROWS, EVEN) * unit
+            scores = score_columns(dots, ROWS, EVEN) * unit
         elif KEY_SCALE == "channel":
             scale_pointer = key_scale_base + block * HEAD_DIM
             highest = tl.zeros([2 * MERGE * K_PADDED], tl.float32)
             for tile in tl.static_range(K_TILES):
                 at = tile * K_WIDTH + channel
                 inside = (channel < K_WIDTH) & (at < HEAD_DIM)
-                scale, zero = _numbers(scale_pointer, at, KEY_ZERO, inside)
+                scale, zero = scale_and_zero(scale_pointer, at, KEY_ZERO, inside)
                 highest = tl.maximum(highest, scale)
             step = tl.maximum(tl.max(highest, 0), 1e-30)
             dots = tl.zeros([TILE, COLUMNS], tl.float32)
@@ -441,24 +312,27 @@ def attend_blocks(
             for tile in tl.static_range(K_TILES):
                 at = tile * K_WIDTH + channel
                 inside = (channel < K_WIDTH) & (at < HEAD_DIM)
-                scale, zero = _numbers(scale_pointer, at, KEY_ZERO, inside)
-                q = tiles_q[tile]
-                moved = (zero + scale * offset) / (tile_power(lane, KEY_BITS, KEY_LUT, tile, MERGE) * power(EXPONENT))
-                bias += tl.sum(q * moved[:, None], 0)
-                dots = tl.dot(codes[tile], (q * (scale / step)[:, None]).to(tl.float16), dots)
-            whole = _vector_columns(bias, ROWS, EVEN) * (peak * (scaling * LOG2E))
-            scores = _columns(dots, ROWS, EVEN) * (unit * step) + whole[None, :]
+                # rows of 3 bits may be padded by more than a tile
+                if overlap(0, tile, 1, K_WIDTH, HEAD_DIM):
+                    scale, zero = scale_and_zero(scale_pointer, at, KEY_ZERO, inside)
+                    q = tiles_q[tile]
+                    lifted = zero + scale * offset
+                    lifted = lifted / (tile_power(lane, KEY_BITS, KEY_LUT, tile, MERGE) * power(EXPONENT))
+                    bias += tl.sum(q * lifted[:, None], 0)
+                    dots = tl.dot(codes[tile], (q * (scale / step)[:, None]).to(tl.float16), dots)
+            whole = row_columns(bias, ROWS, EVEN) * (peak * (scaling * LOG2E))
+            scores = score_columns(dots, ROWS, EVEN) * (unit * step) + whole[None, :]
         else:
             for group in tl.static_range(KEY_GROUPS):
                 dots = tl.zeros([TILE, COLUMNS], tl.float32)
                 for tile in tl.static_range(K_TILES):
-                    if _shared(group, tile, KEY_GROUPS, K_WIDTH, HEAD_DIM):
-                        q = tiles_q[_order(group, tile, KEY_GROUPS, K_WIDTH, HEAD_DIM, K_TILES)]
+                    if overlap(group, tile, KEY_GROUPS, K_WIDTH, HEAD_DIM):
+                        q = tiles_q[tile_index(group, tile, KEY_GROUPS, K_WIDTH, HEAD_DIM, K_TILES)]
                         dots = tl.dot(codes[tile], q.to(tl.float16), dots)
-                products = _columns(dots, ROWS, EVEN)
+                products = score_columns(dots, ROWS, EVEN)
                 if KEY_SCALE == "token":
                     where = (block * BLOCK + token) * KEY_GROUPS + group
-                    scale, zero = _numbers(key_scale_base, where, KEY_ZERO, None if SPAN == 1 else live)
+                    scale, zero = scale_and_zero(key_scale_base, where, KEY_ZERO, None if SPAN == 1 else live)
                     products = products * (scale * unit)[:, None]
                     if key_levels is not None:
                         zero = zero + scale * offset
@@ -489,9 +363,7 @@ def attend_blocks(
                     found = found * turn_cos[:, None] + other * turn_sin[:, None]
                 scores += excess[:, None] * found
         if softcap is not None:
-            bounded = scores * (1.0 / (softcap * LOG2E))
-            # tanh, of exp2
-            scores = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(bounded * (2.0 * LOG2E))))
+            scores = capped(scores, softcap)
         if BOUNDED:
             shown = live & (block * BLOCK + token >= first)
             scores = tl.where(shown[:, None], scores, float("-inf"))
@@ -519,13 +391,13 @@ def attend_blocks(
             total = total * decay + summed
 
         # ---- values ----
-        column_decay = _spread(decay, ROWS, EVEN)
+        column_decay = to_columns(decay, ROWS, EVEN)
         scales = ()
         new_zeros = ()
         if VALUE_SCALE == "token":
             for group in tl.static_range(VALUE_GROUPS):
                 where = (block * BLOCK + token) * VALUE_GROUPS + group
-                scale, zero = _numbers(value_scale_base, where, VALUE_ZERO, None if SPAN == 1 else live)
+                scale, zero = scale_and_zero(value_scale_base, where, VALUE_ZERO, None if SPAN == 1 else live)
                 scales = scales + (scale,)
                 if value_levels is not None:
                     zero += scale * value_offset
@@ -575,13 +447,13 @@ def attend_blocks(
                 fresh = tl.zeros([PART, COLUMNS], tl.float32)
                 for plane in tl.static_range(V_PLANES):
                     fresh = tl.dot(codes[plane], by_plane[plane], fresh)
-                scale, zero = _numbers(
+                scale, zero = scale_and_zero(
                     value_scale_base + block * VALUE_DIM, part * PART + part_channel, VALUE_ZERO, None
                 )
                 moved = (zero + scale * value_offset) * power(EXPONENT - 24)
                 if value_levels is not None:
                     scale = scale * tl.load(value_levels)
-                fresh = fresh * scale[:, None] + moved[:, None] * _spread(summed, ROWS, EVEN)[None, :]
+                fresh = fresh * scale[:, None] + moved[:, None] * to_columns(summed, ROWS, EVEN)[None, :]
                 sum_of_part = mixed[part] * column_decay[None, :] + fresh
             else:
                 sum_of_part = mixed[part] * column_decay[None, :]
@@ -596,8 +468,8 @@ def attend_blocks(
                         held = None
                         if SPAN > 1:
                             held = part_channel * 0 + block + inner < stop
-                        at = _load(value_places + where, held).to(tl.int32) + inner * BLOCK
-                        excess = _load(value_excess + where, held).to(tl.float32)
+                        at = load_held(value_places + where, held).to(tl.int32) + inner * BLOCK
+                        excess = load_held(value_excess + where, held).to(tl.float32)
                         found = tl.load(weight_scratch + at[:, None] * ROWS + row_lane[None, :], cache_modifier=".cg")
                         correction += excess[:, None] * found
                 new_corrections = new_corrections + (correction,)
@@ -613,7 +485,7 @@ def attend_blocks(
     row_live = row < rows
     for part in tl.static_range(PARTS):
         at = part * PART + part_channel
-        out = _columns(mixed[part], ROWS, EVEN) * power(24 - EXPONENT)
+        out = score_columns(mixed[part], ROWS, EVEN) * power(24 - EXPONENT)
         if VALUE_SCALE == "token":
             out = out * largest
             if value_levels is not None:
@@ -633,99 +505,3 @@ def attend_blocks(
             mask=tl.broadcast_to(row_live[None, :], out.shape),
         )  # fmt: skip
     tl.store(lse + out_row, maximum + tl.log2(divisor), mask=row_live)
-
-
-@triton.constexpr_function
-def _headroom(entries):
-    """Power of two that keeps the scale of an entry's subnormal within float16 where keys are at most 1/4."""
-    exponent = 0
-    while 2.0 ** (22 - exponent) / entries > 60000:
-        exponent += 1
-    return 2.0**-exponent
-
-
-@triton.jit
-def _grid_pairs(
-    grid, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr,
-    PADDED: tl.constexpr, MERGE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Static scales and zeros by tile, float16 `[TILE, 2 * MERGE * PADDED]`, times a power of two that keeps keys in
-    float16.
-
-    Returns both, and the power.
-    """
-    WIDTH: tl.constexpr = 2 * MERGE * WORDS
-    lane = tl.arange(0, 2 * MERGE * PADDED)
-    channel = tile_code(lane, WORDS, MERGE)
-    peak = tl.zeros([2 * MERGE * PADDED], tl.float32) + power(-100)
-    for tile in tl.static_range(planes(BITS) // MERGE):
-        at = tile * WIDTH + channel
-        inside = (channel < WIDTH) & (at < HEAD_DIM)
-        scale = tl.load(grid + at, mask=inside, other=0.0)
-        zero = tl.load(grid + HEAD_DIM + at, mask=inside, other=0.0)
-        peak = tl.maximum(peak, tl.abs(scale) * ENTRIES + tl.abs(zero))
-    norm = tl.exp2(-tl.ceil(tl.log2(tl.max(peak, 0)))) * (0.25 * _headroom(ENTRIES))
-    steps = ()
-    shifts = ()
-    for tile in tl.static_range(planes(BITS) // MERGE):
-        at = tile * WIDTH + channel
-        inside = (channel < WIDTH) & (at < HEAD_DIM)
-        scale = tl.load(grid + at, mask=inside, other=0.0) * (tile_power(lane, BITS, LUT, tile, MERGE) * power(24))
-        zero = tl.load(grid + HEAD_DIM + at, mask=inside, other=0.0)
-        steps = steps + (tl.broadcast_to((scale * norm).to(tl.float16)[None, :], [TILE, 2 * MERGE * PADDED]),)
-        shifts = shifts + (tl.broadcast_to((zero * norm).to(tl.float16)[None, :], [TILE, 2 * MERGE * PADDED]),)
-    return steps, shifts, norm
-
-
-@triton.jit
-def _turned_pairs(low, high, low_step, low_shift, high_step, high_shift, cos, sin):
-    """Keys of two planes decoded and turned, two float16 at a time."""
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 first, second, part;
-        fma.rn.f16x2 first, $2, $4, $5;
-        fma.rn.f16x2 second, $3, $6, $7;
-        mul.rn.f16x2 part, second, $9;
-        neg.f16x2 part, part;
-        fma.rn.f16x2 $0, first, $8, part;
-        mul.rn.f16x2 part, first, $9;
-        fma.rn.f16x2 $1, second, $8, part;
-        }
-        """,
-        "=&r,=&r,r,r,r,r,r,r,r,r",
-        [low, high, low_step, low_shift, high_step, high_shift, cos, sin],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _decoded(
-    codes, at, INDEX: tl.constexpr, scales, levels, grid, head, block, token, held,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
-    ZERO: tl.constexpr, LUT: tl.constexpr, lane, MERGE: tl.constexpr,
-):  # fmt: skip
-    """Keys `[tokens, channels]` of one tile, float32; 0 where not `held`, which is None if all are."""
-    entry = codes.to(tl.float32)
-    unit = tile_power(lane, BITS, LUT, INDEX, MERGE) * power(24)
-    if SCALE == "static":
-        pointer = grid + head * (2 * HEAD_DIM) + at
-        inside = at >= 0 if held is None else at < HEAD_DIM
-        scale = tl.load(pointer, mask=inside, other=0.0)
-        zero = tl.load(pointer + HEAD_DIM, mask=inside, other=0.0)
-        return entry * (scale * unit)[None, :] + zero[None, :]
-    else:
-        if SCALE == "channel":
-            inside = at >= 0 if held is None else at < HEAD_DIM
-            scale, zero = _numbers(scales + block * HEAD_DIM, at[None, :], ZERO, inside[None, :])
-        else:
-            # groups and planes need not coincide
-            group = at // (HEAD_DIM // GROUPS)
-            where = ((block * BLOCK + token) * GROUPS)[:, None] + group[None, :]
-            scale, zero = _numbers(scales, where, ZERO, held)
-        if levels is not None:
-            zero += scale * tl.load(levels + 1)
-            scale = scale * tl.load(levels)
-        return entry * (scale * unit if MERGE == 1 else scale * unit[None, :]) + zero

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .query import LOG2E, capped
 
 
 @triton.jit(
@@ -97,9 +97,7 @@ def attend_exact(
         scores = tl.dot(k, lower, scores, input_precision="ieee")
         scores = scores * (scaling * LOG2E)
         if softcap is not None:
-            bounded = scores * (1.0 / (softcap * LOG2E))
-            # tanh, of exp2
-            scores = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(bounded * (2.0 * LOG2E))))
+            scores = capped(scores, softcap)
         shown = tl.broadcast_to(live[:, None], scores.shape)
         if CAUSAL:
             shown = shown & (token[:, None] <= (tokens - queries + row % queries)[None, :])

@@ -4,15 +4,15 @@ import contextlib
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backend
 from ..format import Format, LayerFormat, Side, row_words
 from ..fused import ExactSegment, PackedSegment, part_of, span_of
-from ..quantize import Tables
+from ..quantize import NO_TABLES, Tables
 from ..rotation import hadamard_rotate
 from .attend import attend_blocks
 from .exact import attend_exact, combine
@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     """What the kernel reads of one side's tables, made once per table.
 
     levels: float32 `[2]`, `level = levels[0] * entry + levels[1]`; None: a level is its code.
-    table: int32, four entries each, for codebooks and 3 bits. grid: float32 `[kv_heads, 2, dim]`, static scale and zero
+    table: int32, four entries each, of codebooks. grid: float32 `[kv_heads, 2, dim]`, static scale and zero
     of an entry.
     """
 
@@ -94,22 +94,48 @@ def assembly() -> bool:
 
 
 def operands(tables: Tables, fmt: Format, device: torch.device) -> Operands:
-    """What the kernel reads of `tables`, kept as long as they are."""
-    kept = _operands.setdefault(tables, {})
-    key = (fmt.codes, fmt.bits, fmt.scale, fmt.symmetric, device)
-    if key not in kept:
+    """What the kernel reads of `tables`, made once for their tensors.
+
+    Where these have been written to since, it is made anew in the same memory, which a CUDA graph may be reading.
+    """
+    tensors = tuple(tables.tensors().values())
+    form = (fmt.codes, fmt.bits, fmt.scale, fmt.symmetric)
+    if not tensors:
+        return _of_format(*form, device)
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    kept = _operands.setdefault(tensors[0], {})
+    entry = kept.get((form, *map(id, tensors)))
+    if entry is None:
         # they outlive this forward
         with torch.inference_mode(False), torch.no_grad():
-            kept[key] = _made(tables, fmt, device)
-    return kept[key]
+            entry = kept[(form, *map(id, tensors))] = _Kept(tensors, versions, _made(tables, fmt, device))
+    elif entry.versions != versions:
+        for old, new in zip(entry.operands, _made(tables, fmt, device), strict=True):
+            if old is not None and new is not None:
+                old.copy_(new)
+        entry.versions[:] = versions
+    return entry.operands
 
 
-_operands: WeakKeyDictionary[Tables, dict[Any, Operands]] = WeakKeyDictionary()
+class _Kept(NamedTuple):
+    tensors: tuple[Tensor, ...]
+    versions: list[int]
+    operands: Operands
+
+
+_operands: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@cache
+def _of_format(codes: str, bits: int, scale: str, symmetric: bool, device: torch.device) -> Operands:
+    fmt = Format.model_validate({"codes": codes, "bits": bits, "scale": scale, "symmetric": symmetric})
+    with torch.inference_mode(False), torch.no_grad():
+        return _made(NO_TABLES, fmt, device)
 
 
 def _made(tables: Tables, fmt: Format, device: torch.device) -> Operands:
     factor, offset = torch.ones((), device=device), torch.zeros((), device=device)
-    table = _codes_of_three(device) if fmt.bits == 3 else None
+    table = None
     trivial = fmt.codes == "affine" and tables.gain is None
     if fmt.codes == "codebook":
         steps = tables.steps()
@@ -130,12 +156,6 @@ def _made(tables: Tables, fmt: Format, device: torch.device) -> Operands:
         grid = torch.stack([tables.scale * factor, tables.scale * offset + tables.zero], dim=1).float().contiguous()
         return Operands(None, table, grid)
     return Operands(None if trivial else torch.stack([factor, offset]).float(), table, None)
-
-
-@cache
-def _codes_of_three(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(8, dtype=torch.uint8, device=device).view(torch.int32)
 
 
 # ---- launches ------------------------------------------------------------------------------------------------------

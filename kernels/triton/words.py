@@ -80,6 +80,18 @@ def planes(bits):
 
 
 @triton.constexpr_function
+def planes_per_tile(words):
+    """Planes per tile: two where one of `words` words is half as wide as a matrix unit needs."""
+    return 2 if words == 4 else 1
+
+
+@triton.constexpr_function
+def padded_words(words):
+    """Words of a tile: a power of two, and wide enough for a matrix unit."""
+    return max(4 if words == 4 else 8, 1 << (words - 1).bit_length())
+
+
+@triton.constexpr_function
 def plane_position(bits, lut, index):
     """Where `unpacked` leaves the codes of a plane: `code * 2**(position - 24)` as float16."""
     return 0 if lut or bits == 3 else position(bits, index)
@@ -93,7 +105,7 @@ def unpacked(
     """All planes of a row as float16 subnormals `[ROWS, 2 * WORDS]`: codes, or what `table` has for them.
 
     words: int32 `[ROWS, WORDS]`; of 3 bits the 2-bit row, with `high` the 1-bit row `[ROWS, WORDS // 2]`.
-    table: with LUT, pointer to the bytes below 128 of `2**BITS` entries; of 3 bits always, else anything.
+    table: with LUT, pointer to the bytes below 128 of `2**BITS` entries.
     MERGE: 2 gives tiles `[ROWS, 4 * WORDS]` of two planes each, where one is too narrow for a matrix unit: `tile_code`.
     """
     found = _plane_words(words, high, table, ROWS, WORDS, BITS, LUT, ASM)
@@ -159,6 +171,8 @@ def _entries(table, INDEX: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
 
 @triton.jit
 def _entry(table, code):
+    if table is None:
+        return code
     return (tl.load(table + (code >> 2)) >> ((code & 3) * 8)) & 0xFF
 
 
@@ -269,9 +283,15 @@ def _pair2(words, table, BIT: tl.constexpr):
 
 @triton.jit
 def _look_up3(words, high, table, ROWS: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr):
-    """Eight planes of entries; a code's highest bit is in `high`, at bit 2 of its nibble, or at bit 3 for the upper
-    four planes."""
+    """Eight planes of entries, without a table of codes; a code's highest bit is in `high`, at bit 2 of its nibble, or
+    at bit 3 for the upper four planes."""
     if ASM:
+        if table is None:
+            low_entries = tl.full([ROWS, WORDS], 0x03020100, tl.int32)
+            high_entries = tl.full([ROWS, WORDS], 0x07060504, tl.int32)
+        else:
+            low_entries = _entries(table, 0, ROWS, WORDS)
+            high_entries = _entries(table, 1, ROWS, WORDS)
         return tl.inline_asm_elementwise(
             """
             {
@@ -301,7 +321,7 @@ def _look_up3(words, high, table, ROWS: tl.constexpr, WORDS: tl.constexpr, ASM: 
             }
             """,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
-            [words, high, _entries(table, 0, ROWS, WORDS), _entries(table, 1, ROWS, WORDS)],
+            [words, high, low_entries, high_entries],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,

@@ -1,5 +1,6 @@
 """Rare combinations that once gave silently wrong results, or an error that helped nobody."""
 
+import contextlib
 import copy
 import pickle
 
@@ -12,6 +13,7 @@ from cachequant.core import Format, LayerFormat, PackedCache, SimulatedCache, St
 from cachequant.core.hf.attach import is_attached
 from cachequant.core.hf.attention import IMPLEMENTATION, attention_forward
 from cachequant.core.hf.tiny import tiny_model
+from cachequant.kernels import backend
 
 PRE = "none:key_rope=pre,block=32"
 POST = "none:block=32"
@@ -270,3 +272,46 @@ def test_arguments_that_attention_cannot_honour_are_refused(name):
     states = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=name):
         attention_forward(tiny_model(), states, states, states, None, **{name: states})
+
+
+@pytest.mark.parametrize(
+    "spec", ["uniform:bits=8,rotation=hadamard", "kvquant:key_rope=post,calibration=prompt", "h2o"]
+)
+@pytest.mark.parametrize("reference", [False, True])
+@torch.no_grad()
+def test_autocast_leaves_packed_attention_alone(spec, reference):
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(2)
+    key, value = (torch.randn(1, 2, 1, 64, generator=generator) for _ in range(2))
+    query = torch.randn(1, 4, 1, 64, generator=generator)
+
+    def attend(autocast):
+        cache = cache_of(model, spec)
+        run(model, cache, random_tokens(1, 260))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            handles = cache.layers[0].update(key, value)
+            return attention_forward(model.model.layers[0].self_attn, query, *handles, None)[0]
+
+    with backend.reference_only() if reference else contextlib.nullcontext():
+        assert torch.equal(attend(False), attend(True))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "uniform:bits=8,rotation=hadamard",
+        "uniform:bits=8,key_scale=channel,key_rope=pre",
+        "kvquant:calibration=prompt",
+        "qaq",
+    ],
+)
+def test_models_decode_under_autocast(spec):
+    model = tiny_model()
+
+    def logits():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run(model, cache_of(model, spec), random_tokens(1, 260), random_tokens(1, 1), random_tokens(1, 1))
+
+    with backend.reference_only():
+        expected = logits()
+    assert (logits() - expected).norm() <= 1e-2 * expected.norm()

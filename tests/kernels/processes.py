@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-SECONDS = 300
+SECONDS = 600
 """What a process may take: several times what it takes on a busy machine."""
 
 

@@ -107,8 +107,10 @@ def test_without_triton_the_answer_says_how_to_install_it(monkeypatch):
 
 def test_a_folder_named_triton_is_no_triton(monkeypatch, tmp_path):
     (tmp_path / "triton").mkdir()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in {"triton", *(name for name in sys.modules if name.partition(".")[0] == "triton")}:
+        # what stands there afterwards, or nothing, is what stood there before
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     problem = backend.triton_problem(GPU)
     assert problem and problem.startswith("triton cannot be imported (AttributeError") and "__version__" in problem

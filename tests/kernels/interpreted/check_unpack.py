@@ -142,7 +142,7 @@ def test_states_are_rounded_once_to_the_dtype_asked_for(fmt, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@every({name: FORMATS[name] for name in ("3bit", "channel", "kvquant-key", "kvquant-value")})
+@every({name: FORMATS[name] for name in ("channel", "kvquant-key", "kvquant-value")})
 def test_blocks_may_be_views_of_longer_buffers(fmt, side):
     tables = tables_of(fmt, 64)
     packed = blocks_of(fmt, side, 64, tables, blocks=4, batch=3)
