@@ -49,8 +49,13 @@ def paths(device: torch.device) -> list[Path]:
 
 
 def triton_serves(device: torch.device) -> bool:
-    """Whether the Triton kernels take tensors on `device`."""
-    return not _reference_only and triton_problem(device) is None
+    """Whether the Triton kernels take tensors on `device`; where a GPU has to do without, a warning says why."""
+    if _reference_only:
+        return False
+    problem = triton_problem(device)
+    if problem is not None and device.type == "cuda" and not torch.compiler.is_compiling():
+        warn_once(f"packed caches run on the slower torch path: {problem}. `cachequant doctor` says more")
+    return problem is None
 
 
 def cpu_serves(device: torch.device) -> bool:

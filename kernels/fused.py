@@ -61,6 +61,10 @@ def _unserved(formats: LayerFormat, head_dim: int, value_dim: int, block_angles:
             problem = f"scale='channel' with block={formats.block}: blocks of at least {tile_of(formats)} are served"
         if problem is not None:
             return f"{side} {problem}"
+    if formats.block > 128 and max(head_dim, value_dim) > 128:
+        return (
+            f"block={formats.block} with heads of {max(head_dim, value_dim)} channels: blocks of up to 128 are served"
+        )
     run = part_of(value_dim, formats.value)
     if run < 16:
         return f"value group={formats.value.group or value_dim}: a group has to be a multiple of 16 channels"

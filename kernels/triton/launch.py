@@ -11,13 +11,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backend
 from ..format import Format, LayerFormat, Side, row_words
-from ..fused import ExactSegment, PackedSegment, part_of, span_of
+from ..fused import ExactSegment, PackedSegment, part_of, span_of, tile_of
 from ..quantize import NO_TABLES, Tables
 from ..rotation import hadamard_rotate
 from .attend import attend_blocks
 from .exact import attend_exact, combine
 
 EXACT_TILE = 64
+
+# bytes of a step that are loaded ahead of it, into shared memory
+STAGED_BYTES = 1 << 15
 
 # programs per multiprocessor: enough to hide the latency of memory, few enough to be merged cheaply
 PROGRAMS = 4
@@ -197,7 +200,7 @@ def _launch_packed(
         **_constants("KEY", key_format, shape.head_dim, shape.head_dim),
         **_constants("VALUE", value_format, shape.value_dim, formats.block),
         PART=part_of(shape.value_dim, value_format), BOUNDED=packed.first > 0 or span > 1, ASM=assembly(),
-        num_warps=layout.warps, num_stages=2, enable_fp_fusion=True,
+        num_warps=layout.warps, num_stages=layout.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -216,15 +219,17 @@ def _launch_exact(
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (segment.key, segment.value))
     columns = 16 if shape.rows <= 16 else 32
     head_pad, value_pad = _power_of_two(shape.head_dim), _power_of_two(shape.value_dim)
-    # two tiles of keys and of values wait in shared memory
-    tile = EXACT_TILE if max(head_pad, value_pad) * key.element_size() <= 256 else EXACT_TILE // 2
+    # tiles of keys and of values wait in shared memory, of which some GPUs have 99 KiB
+    token_bytes = (head_pad + value_pad) * key.element_size()
+    sizes = (EXACT_TILE, EXACT_TILE // 2)
+    tile = next((size for size in sizes if size * token_bytes <= STAGED_BYTES), EXACT_TILE // 4)
     attend_exact[(shape.batch * shape.kv_heads, splits, -(-shape.rows // columns))](
         rows, key, value, visible, mix, lse, segment.held,
         scaling, softcap, shape.rows, shape.queries, key.shape[2], shape.kv_heads, mix.shape[1], first_slot,
         *key.stride()[:3], *value.stride()[:3], visible_batch, visible_query,
         HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
         HEAD_PAD=head_pad, VALUE_PAD=value_pad, TILE=tile, ROWS=columns, CAUSAL=segment.causal and shape.queries > 1,
-        num_warps=4, num_stages=2, enable_fp_fusion=True,
+        num_warps=4, num_stages=2 if tile * token_bytes <= STAGED_BYTES else 1, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -232,20 +237,30 @@ class _Layout(NamedTuple):
     rows: int
     even: bool
     warps: int
+    stages: int
 
 
 def _layout(shape: Shape, formats: LayerFormat) -> _Layout:
     """Rows per program and how they lie in the matrix unit."""
-    least = 8 if torch.version.hip is None else 16
+    hip = torch.version.hip is not None
+    key, value = formats.key, formats.value
+    tile = tile_of(formats)
+    staged = tile * (shape.head_dim * key.bits + shape.value_dim * value.bits) // 8
+    if key.rope == "pre":
+        staged += tile * shape.head_dim * 2
+    stages = 2 if staged <= 2 * STAGED_BYTES else 1
     # more where registers would spill
-    looked_up = formats.value.codes == "codebook" and formats.value.outliers > 0
-    warps = 4 if formats.key.rope == "pre" or looked_up or torch.version.hip is not None else 2
+    looked_up = value.codes == "codebook" and value.outliers > 0
+    warps = 4 if key.rope == "pre" or looked_up or hip else 2
+    least = 16 if hip else 8
     if shape.rows <= least // 2:
-        return _Layout(least // 2, True, warps)
+        return _Layout(least // 2, True, warps, stages)
     for count in (8, 16):
         if shape.rows <= count and count >= least:
-            return _Layout(count, False, warps)
-    return _Layout(32, False, 4)
+            return _Layout(count, False, warps, stages)
+    if max(shape.head_dim, shape.value_dim, tile) > 128:
+        return _Layout(16, False, warps, stages)
+    return _Layout(32, False, 4, stages)
 
 
 def _splits(shape: Shape, packed: PackedSegment) -> int:

@@ -25,7 +25,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
     calls = [item.callspec for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
-    chosen = [call.params["checks"] for call in calls if isinstance(call.params.get("checks"), Checks)]
+    chosen = [found for call in calls if isinstance(found := call.params.get("checks"), Checks)]
     session.config.stash[BESIDE] = Beside(chosen)
 
 
