@@ -293,7 +293,7 @@ class _Pool:
         self._most = max(counts, default=0) * ROWS
         owners = torch.arange(self._owners, device=here.device)
         self.owner = owners.repeat_interleave(blocks, output_size=sum(counts))
-        self._index = self._indexed(here, blocks) if backend.triton_serves(here.device) else None
+        self._index = self._indexed(here, blocks) if backend.triton_problem(here.device) is None else None
         self.rows = rows or {
             name: tensor.new_zeros(len(self.owner), ROWS, *tensor.shape[1:]) for name, tensor in (like or {}).items()
         }

@@ -49,7 +49,7 @@ def with_sink(partial: Partial, sink: Tensor) -> Partial:
     sink = sink[..., None].to(total.dtype)
     highest = torch.maximum(maximum, sink)
     decay = _decay(maximum, highest)
-    return Partial(mix * decay, highest, total * decay + torch.exp(sink - highest))
+    return Partial(mix * decay, highest, total * decay + _decay(sink, highest))
 
 
 def dense_partial(scores: Tensor, values: Tensor) -> Partial:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -24,23 +25,22 @@ class Path(NamedTuple):
     problem: str | None
 
 
-_reference_only = False
+_reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
 
 
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Everything inside runs on the torch reference: to compare with it, and to find out which path is at fault."""
-    global _reference_only
-    before, _reference_only = _reference_only, True
+    token = _reference_only.set(True)
     try:
         yield
     finally:
-        _reference_only = before
+        _reference_only.reset(token)
 
 
 def paths(device: torch.device) -> list[Path]:
     """All implementations for tensors on `device`, the preferred one first."""
-    off = "switched off by kernels.backend.reference_only()" if _reference_only else None
+    off = "switched off by kernels.backend.reference_only()" if _reference_only.get() else None
     return [
         Path("triton", off or triton_problem(device)),
         Path("cpu", off or (None if device.type == "cpu" else f"serves tensors on the CPU, these are on {device}")),
@@ -50,7 +50,7 @@ def paths(device: torch.device) -> list[Path]:
 
 def triton_serves(device: torch.device) -> bool:
     """Whether the Triton kernels take tensors on `device`; where a GPU has to do without, a warning says why."""
-    if _reference_only:
+    if _reference_only.get():
         return False
     problem = triton_problem(device)
     if problem is not None and device.type == "cuda" and not torch.compiler.is_compiling():
@@ -60,7 +60,7 @@ def triton_serves(device: torch.device) -> bool:
 
 def cpu_serves(device: torch.device) -> bool:
     """Whether the fast CPU path takes tensors on `device`."""
-    return not _reference_only and device.type == "cpu"
+    return not _reference_only.get() and device.type == "cpu"
 
 
 def interpreted() -> bool:

@@ -11,10 +11,9 @@ some thousand tokens. Scores never take it: they are exponentiated, and of a rou
 3 %.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from math import prod
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -143,22 +142,18 @@ def packed_partial(
 
 @cache
 def int8_products_work() -> bool:
-    """Whether torch's int8 product is there, right, and no slower than going through float32; tried once."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(4, 4096, generator=generator).bfloat16()
-    codes = torch.randint(-128, 128, (128, 4096), generator=generator, dtype=torch.int8)
-    ones = torch.ones(128, dtype=torch.bfloat16)
+    """Whether torch's int8 product is there, right, and written for this machine; tried once."""
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return False  # a loop over single numbers, ten times slower than going through float32
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = torch.randn(4, 4096, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
+    codes = torch.randint(-128, 128, (128, 4096), generator=generator, dtype=torch.int8, device="cpu")
     try:
-        found = _int8_products(weights, codes, ones).float()
+        found = _int8_products(weights, codes, weights.new_ones(128)).float()
     except (AttributeError, RuntimeError):
         return False
     expected = weights.float() @ codes.float().T
-    if not torch.allclose(found, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().mean())):
-        return False
-    # where torch has no kernel for the machine, a loop over single numbers takes ten times as long
-    return _shortest(lambda: _int8_products(weights, codes, ones)) < 2 * _shortest(
-        lambda: weights.float() @ codes.float().T
-    )
+    return torch.allclose(found, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().mean()))
 
 
 def _int8_products(weights: Tensor, codes: Tensor, unit: Tensor) -> Tensor:
@@ -217,7 +212,7 @@ class _Scratch:
         """Uninitialised, or as it was left when last taken."""
         key = (name, shape, dtype)
         if key not in self._held:
-            self._held[key] = torch.empty(shape, dtype=dtype)
+            self._held[key] = torch.empty(shape, dtype=dtype, device="cpu")
         return self._held[key]
 
 
@@ -244,7 +239,7 @@ def _levels(words: Tensor, fmt: Format, tables: Tables, scratch: _Scratch) -> Te
 def _byte_table(codebook: Tensor, bits: int) -> Tensor:
     """The levels that each byte stands for, lowest bits first, as one number of so many bytes: `[256]`."""
     count = 8 // bits
-    digits = [torch.arange(256) >> bits * place & (1 << bits) - 1 for place in range(count)]
+    digits = [torch.arange(256, device=codebook.device) >> bits * place & (1 << bits) - 1 for place in range(count)]
     wide = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}[count]
     return codebook[torch.stack(digits, -1)].view(wide).flatten()
 
@@ -267,7 +262,7 @@ def _codes(words: Tensor, bits: int, scratch: _Scratch) -> Tensor:
 
 def _planes(words: Tensor, shifts: Sequence[int], mask: int, scratch: _Scratch, name: str) -> Tensor:
     """`words >> shifts`, of whose bytes the bits of `mask` are kept: `[shifts, ...]`."""
-    places = torch.tensor(shifts, dtype=words.dtype).view(-1, *[1] * words.ndim)
+    places = torch.tensor(shifts, dtype=words.dtype, device=words.device).view(-1, *[1] * words.ndim)
     planes = scratch.take(name, (len(shifts), *words.shape), words.dtype)
     return torch.bitwise_right_shift(words, places, out=planes).bitwise_and_(_in_every_byte(mask, words.dtype))
 
@@ -368,8 +363,8 @@ def _int8_mix(factors: Tensor, words: Tensor, fmt: Format) -> Tensor:
     blocks, dim = words.shape[1:3]
     # [planes, heads, groups, rows, blocks, run]
     factors = _arranged(factors.bfloat16().unflatten(-1, (blocks, -1)), fmt)
-    mix = torch.zeros(heads, groups, rows, dim // groups)
-    unit = torch.full((dim // groups,), 2.0 ** (fmt.bits - 8), dtype=torch.bfloat16)
+    mix = factors.new_zeros(heads, groups, rows, dim // groups, dtype=torch.float32)
+    unit = mix.new_full((dim // groups,), 2.0 ** (fmt.bits - 8), dtype=torch.bfloat16)
     step = max(1, INT8_TILE // (dim * tokens // blocks))
     scratch = _Scratch()
     for head in range(heads):
@@ -421,12 +416,3 @@ def _sparse_mix(weights: Tensor, index: Tensor, value: Tensor) -> Tensor:
     apart = weights.unflatten(-1, (blocks, -1)).transpose(1, 2).flatten(0, 1)
     sums = _sparse_products(apart, index.flatten(0, 1), value.flatten(0, 1))
     return sums.unflatten(0, (-1, blocks)).sum(1)
-
-
-def _shortest(action: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):
-        before = perf_counter()
-        action()
-        times.append(perf_counter() - before)
-    return min(times)

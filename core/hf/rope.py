@@ -126,7 +126,8 @@ class RotaryTable:
 
     Kept in the model's dtype, as half the channels where both halves are equal, and as one row where all batch rows
     are: 256 bytes per token for heads of 128 in 16 bits, beside 34,816 of a 4-bit cache of 32 layers with 8 kv heads.
-    Of bfloat16 models in float16, which has all their digits and is what kernels turn keys with.
+    Of bfloat16 models in float16, which kernels turn keys with: it has all their digits but those beyond the seventh
+    decimal place.
     """
 
     def __init__(self) -> None:

@@ -333,7 +333,13 @@ class StaticPackedLayer(BlockLayer):
         real = torch.ones(batch, held, dtype=torch.bool, device=self.device) if self._real is None else self._real
         real = torch.nn.functional.pad(real[:, :block], (0, missing), value=False)
         _, valid = self.sinks.advance(first, 0, real)
-        return self._fitted(first, valid)
+        fitted = self._fitted(first, valid)
+        if missing and getattr(self.strategy, "calibration", None) == "prompt":
+            backend.warn_once(
+                f"{self.strategy.name!r} is fitted to a prompt of {held} tokens; give one of {block} or more, or "
+                "calibrate the strategy"
+            )
+        return fitted
 
     def _allocated(self) -> Buffers:
         """Buffers for `max_length` tokens of the shapes that have arrived."""

@@ -67,7 +67,7 @@ def encode(
     if fmt.rotation == "hadamard":
         states = hadamard_rotate(states.unflatten(2, (-1, block)).float()).flatten(2, 3)
     # offsets inside a tile are 32 bits
-    if states.stride(3) != 1 or states.stride(2) * _TILE >= 2**31:
+    if states.stride(3) != 1 or states.stride(2) * max(_TILE, block) >= 2**31:
         states = states.contiguous()
     if valid is not None:
         valid = (valid if valid.stride(1) == 1 else valid.contiguous()).view(torch.uint8)

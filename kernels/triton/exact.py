@@ -191,8 +191,9 @@ def combine(
         heads = rows // queries
         logit = tl.load(sink + (pid % kv_heads) * heads + row // queries).to(tl.float32) * LOG2E
         higher = tl.maximum(maximum, logit)
-        decay = tl.exp2(maximum - higher)
-        total = total * decay + tl.exp2(logit - higher)
+        against = tl.where(higher == float("-inf"), 0.0, higher)
+        decay = tl.exp2(maximum - against)
+        total = total * decay + tl.exp2(logit - against)
         mixed = mixed * decay
     result = mixed / tl.where(total > 0, total, 1.0)
     tl.store(out + (pid * rows + row) * DIM + channel, result.to(out.dtype.element_ty), mask=live)

@@ -137,7 +137,8 @@ def _of_format(codes: str, bits: int, scale: str, symmetric: bool, device: torch
 
 
 def _made(tables: Tables, fmt: Format, device: torch.device) -> Operands:
-    factor, offset = torch.ones((), device=device), torch.zeros((), device=device)
+    factor = torch.ones((), dtype=torch.float32, device=device)
+    offset = torch.zeros_like(factor)
     table = None
     trivial = fmt.codes == "affine" and tables.gain is None
     if fmt.codes == "codebook":

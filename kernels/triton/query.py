@@ -88,7 +88,8 @@ def query_tiles(
         peak = tl.maximum(peak, tl.max(tl.abs(q), 1))
         raw = raw + (q,)
     largest = tl.max(peak, 0)
-    largest = tl.where(largest > 0, largest, 1.0)
+    # an infinite row is lost, but not the others of its program
+    largest = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
     sums = ()
     tiles = ()
     for group in tl.static_range(GROUPS):

@@ -124,8 +124,14 @@ def test_steps_give_the_logits_of_the_packed_cache(model, tokens, name):
     torch.testing.assert_close(decode(model, cache, prompt, STEPS), expected, **DOUBLE)
 
 
-@pytest.mark.parametrize("length", PROMPTS)
-@pytest.mark.parametrize("options", [OPTIONS, {"residual_length": 0}, {"residual_length": 33, "sink_tokens": 40}])
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        *((OPTIONS, length) for length in PROMPTS),
+        *(({"residual_length": 0}, length) for length in (1, 9, 100)),
+        *(({"residual_length": 33, "sink_tokens": 40}, length) for length in (9, 48, 100)),
+    ],
+)
 def test_prompts_of_any_length_may_come_before(model, tokens, length, options):
     prompt = tokens(2, length)
     model.double()
@@ -428,7 +434,7 @@ def test_memory_counts_what_is_held_and_what_the_packed_cache_counts(model, toke
     packed = PackedCache(model, strategy(name), residual_length=TAIL, sink_tokens=3)
     cache = StaticPackedCache(model, strategy(name), max_length=150, residual_length=TAIL, sink_tokens=3)
     for each in (packed, cache):
-        decode(model, each, tokens(2, 100), 25)
+        decode(model, each, tokens(2, 110), 8)
     mine, theirs = cache.memory(), packed.memory()
     assert (mine.tokens, mine.elements, mine.exact_bytes) == (theirs.tokens, theirs.elements, theirs.exact_bytes)
     for row in theirs.rows.keys() - {"spare", "sinks"}:

@@ -335,7 +335,7 @@ def _format(choice: Mapping[str, Any], side: Side, dim: int) -> Format:
     )
 
 
-def covering(options: Mapping[str, Sequence[Any]], seed: int = 1) -> list[dict[str, Any]]:
+def covering(options: Mapping[str, Sequence[Any]], seed: int = 2) -> list[dict[str, Any]]:
     """Few choices, one of each option, among which any two that `case_of` lets go together do."""
     draw = random.Random(seed)
     missing = {
@@ -349,7 +349,7 @@ def covering(options: Mapping[str, Sequence[Any]], seed: int = 1) -> list[dict[s
             break
         pair = draw.choice([pair for pair, tried in missing.items() if tried == least])
         missing[pair] += 1
-        candidates = [_completed(dict(pair), options, missing, draw) for _ in range(3)]
+        candidates = [_completed(dict(pair), options, missing, draw) for _ in range(30)]
         fitting = [choice for choice in candidates if case_of(choice) is not None]
         if not fitting:
             continue

@@ -178,22 +178,29 @@ def test_broken_int8_products_are_noticed_and_not_used(monkeypatch, fresh_trial,
     assert distance(found, expected) < 1e-5
 
 
-def test_slow_int8_products_are_not_used(monkeypatch, fresh_trial):
-    durations = iter([3.0, 1.0])
-    monkeypatch.setattr(cpu, "_shortest", lambda action: next(durations))
+@pytest.mark.parametrize(("capability", "used"), [("DEFAULT", False), ("AVX2", True)])
+def test_int8_products_are_used_where_they_are_written_for_the_machine(monkeypatch, fresh_trial, capability, used):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(
         cpu, "_int8_products", lambda weights, codes, unit: (weights.float() @ codes.float().T).bfloat16()
     )
-    assert not cpu.int8_products_work()
+    assert cpu.int8_products_work() == used
 
 
-def test_right_and_quick_int8_products_are_used(monkeypatch, fresh_trial):
-    durations = iter([1.0, 1.0])
-    monkeypatch.setattr(cpu, "_shortest", lambda action: next(durations))
-    monkeypatch.setattr(
-        cpu, "_int8_products", lambda weights, codes, unit: (weights.float() @ codes.float().T).bfloat16()
-    )
-    assert cpu.int8_products_work()
+@pytest.mark.parametrize("name", ["4bit-token", "4bit-codebook", "3bit-token"])
+def test_other_defaults_of_torch_change_nothing(name):
+    fmt = FORMATS[name]
+    blocks, fitted = packed(fmt, "value", 64), tables(fmt, 64)
+    scores = random(BATCH, HEADS, 4, BLOCKS * BLOCK)
+    call = (scores, blocks, fmt, 64, BLOCK, fitted, True)
+    expected = cpu.packed_partial(*call).mix
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = cpu.packed_partial(*call).mix
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -204,15 +211,6 @@ def test_int8_products_are_not_asked_for_what_they_do_badly(monkeypatch, name, r
     calls = counted(monkeypatch)
     found, expected = mixes(FORMATS[name], 64, rows, rounded=True)
     assert not calls and distance(found, expected) < 1e-5
-
-
-def test_autocast_does_not_round():
-    query, blocks = random(BATCH, HEADS, 4, 64), packed(Format(), "key", 64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = cpu.packed_scores(query, blocks, Format(), BLOCK, tables(Format(), 64))
-        found, expected = mixes(Format(), 64, 4, rounded=False)
-    plain = packed_scores(query.double(), blocks, Format(), BLOCK, tables(Format(), 64))
-    assert distance(scores, plain) < 2e-6 and distance(found, expected) < 1e-5
 
 
 def test_only_float32_rows_without_gradients_are_served():

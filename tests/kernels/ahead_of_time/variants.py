@@ -125,7 +125,7 @@ ANY = 255
 VARIANTS = {
     "k4v4": attention(BITS[4], on=("sm_90", "sm_80", "sm_100", "gfx942")),
     "k2v2": attention(BITS[2], on=("sm_90", "gfx942")),
-    "k3v3": attention(BITS[3], on=("sm_90", "sm_80")),
+    "k3v3": attention(BITS[3]),
     "k8v8": attention(BITS[8], registers=192, on=("sm_80",)),
     "k4v2": attention(BITS[4], BITS[2]),
     # the stack is of Triton 3.6
@@ -150,7 +150,6 @@ VARIANTS = {
         registers=ANY,
         stores=40,
         shared=72 * 1024,
-        on=("sm_90", "sm_80"),
     ),
     "exact": Variant(_attend_exact, "attend_exact", 2 * 64 * 128, shared=80 * 1024),
     "row scores": Variant(partial(_row_scores, BITS[4]), "score_rows", 64 * 128),
