@@ -34,7 +34,10 @@ def attend_fused(
     problem = None
     if not scoring.visibility.boolean:
         problem = "an attention mask that is added, or differs by head"
-    elif not both_exact:
+    elif both_exact:
+        widest = max(layer.head_dim, layer.value_dim)
+        problem = f"heads of {widest} channels: up to 256 are served" if widest > 256 else None
+    else:
         problem = fused.unserved(formats, layer.head_dim, layer.value_dim, not layer.turned or angles is not None)
     if problem is not None:
         if "custom" not in (formats.key.codes, formats.value.codes):

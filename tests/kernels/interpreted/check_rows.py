@@ -241,8 +241,19 @@ def test_what_kernels_need_beside_the_rows_is_counted():
     assert pools.used_bytes()["widths"] == 3 * 70 + index
 
 
-def test_pools_made_where_no_kernel_serves_are_read_by_torch():
+def test_pools_made_in_the_reference_are_read_by_kernels_after_it():
     with backend.reference_only():
+        pools = pooled(random_states(2, 70, 64), 1, random_widths(2, 70), formats(trim=1))
+        with patch.object(kernels, "scores") as scores, patch.object(kernels, "mix") as mix:
+            assert_read_by_random_lines(pools, 3, 1e-6)
+    assert not scores.called and not mix.called
+    with patch.object(kernels, "scores", wraps=kernels.scores) as scores:
+        assert_read_by_random_lines(pools, 3)
+    assert scores.called
+
+
+def test_pools_without_the_index_of_kernels_are_read_by_torch():
+    with patch.object(backend, "triton_problem", return_value="another device"):
         pools = pooled(random_states(2, 70, 64), 1, random_widths(2, 70), formats(trim=1))
     with patch.object(kernels, "scores") as scores, patch.object(kernels, "mix") as mix:
         assert_read_by_random_lines(pools, 3, 1e-6)
