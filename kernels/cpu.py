@@ -7,7 +7,7 @@ dense ones. All of that is float32, and as exact as the reference.
 
 Values of bfloat16 models with a scale per token take `torch.ops.aten._weight_int8pack_mm` where it works: it multiplies
 bfloat16 weights with int8 codes and sums in float32. That rounds weights to bfloat16, as SDPA does, and the sums of
-some thousand tokens. Scores never take it: they are exponentiated, and of a rounded score of 16 the weight is off by
+some ten thousand tokens. Scores never take it: they are exponentiated, and of a rounded score of 16 the weight is off by
 3 %.
 """
 
@@ -28,8 +28,8 @@ from .quantize import NO_TABLES, Tables, decode_grid
 # numbers of a tile: its float32 levels should stay in the cores' caches
 TILE = 1 << 20
 
-# the same for int8 rows; their sums, being rounded, should not be over too many tokens
-INT8_TILE = 1 << 19
+# the same for int8 rows
+INT8_TILE = 1 << 21
 
 # rows of queries up to which int8 products, which read the codes once per four rows, beat float32 ones
 INT8_ROWS = 8
