@@ -7,8 +7,8 @@ dense ones. All of that is float32, and as exact as the reference.
 
 Values of bfloat16 models with a scale per token take `torch.ops.aten._weight_int8pack_mm` where it works: it multiplies
 bfloat16 weights with int8 codes and sums in float32. That rounds weights to bfloat16, as SDPA does, and the sums of
-some ten thousand tokens. Scores never take it: they are exponentiated, and of a rounded score of 16 the weight is off by
-3 %.
+some ten thousand tokens. Scores never take it: they are exponentiated, and of a rounded score of 16 the weight is off
+by 3 %.
 """
 
 from collections.abc import Iterator, Sequence
