@@ -1,4 +1,4 @@
-"""Attention over packed blocks on CPUs: what `attention` computes, several times faster.
+"""Attention over packed blocks on CPUs: what `attention` computes, without decoding to dense rows.
 
 Bytes are spread plane by plane, as many at a time as caches hold, and multiplied plane by plane in the order in which
 codes lie in memory, so that no code is moved to its natural place: it is the few queries and weights that are
