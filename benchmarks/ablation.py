@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from . import leaderboard, report
+from . import leaderboard
+from .report import tables as report
 from .leaderboard import Leaderboard, Row
 from .subjects import Unusable, prepare
 

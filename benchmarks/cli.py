@@ -100,7 +100,8 @@ def bench(
     """Measure memory against accuracy, every strategy on the model and on its outlier twin."""
     import torch
 
-    from . import leaderboard, report
+    from . import leaderboard
+    from .report import tables as report
     from .subjects import Unusable, prepare
 
     console = Console()
@@ -313,7 +314,8 @@ def _measure(
     """Fill `rows`, each written out as it comes."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import leaderboard, report
+    from . import leaderboard
+    from .report import tables as report
 
     plan = [f"{candidate.spec} on {subject.card.panel}" for candidate in chosen for subject in subjects]
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

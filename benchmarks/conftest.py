@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cachequant.benchmarks.leaderboard import Leaderboard, Row, Subject
-from cachequant.benchmarks.report import describe, terminal_tables
+from cachequant.benchmarks.report.tables import describe, terminal_tables
 from cachequant.benchmarks.subjects import Unusable, prepare
 
 BOARD = pytest.StashKey[Leaderboard]()

@@ -16,9 +16,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from typer.testing import CliRunner
 
 from cachequant import registry
-from cachequant.benchmarks import leaderboard, metrics, report, speed, subjects
+from cachequant.benchmarks import leaderboard, metrics, speed, subjects
+from cachequant.benchmarks.report import tables as report
 from cachequant.benchmarks.calibration import CalibrationText, Calibrator
-from cachequant.benchmarks.chart import short_label
+from cachequant.benchmarks.report.chart import short_label
 from cachequant.benchmarks.cli import app
 from cachequant.benchmarks.corpus import Corpus
 from cachequant.benchmarks.environment import Environment

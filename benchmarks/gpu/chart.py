@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ..chart import COLORS, MARKERS
+from ..report.chart import COLORS, MARKERS
 from .report import DRY, distinct, title
 from .results import AttentionTiming, Results
 

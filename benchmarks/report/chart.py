@@ -11,9 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from .. import registry
-from ..registry import specs
-from .leaderboard import Leaderboard, Row
+from ... import registry
+from ...registry import specs
+from ..leaderboard import Leaderboard, Row
 
 # Below this a divergence is float rounding: the cache is exact, and a logarithmic axis has no place for it.
 EXACT = 1e-6

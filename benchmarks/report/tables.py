@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .leaderboard import Leaderboard, Row
+from ..leaderboard import Leaderboard, Row
 
 PARETO = "*"
 SPEC_WIDTH = 44
