@@ -194,7 +194,7 @@ def _strategies() -> tuple[tuple[Found, ...], tuple[str, ...]]:
             return (), (*_skipped(caught), str(error))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = tuple(_found(offer.strategy, offer.plugin) for offer in offers)
+        found = tuple(_found(offer.offered, offer.plugin) for offer in offers)
     return found, _skipped(caught)
 
 

@@ -1,23 +1,24 @@
 """Strategies by name, whoever wrote them.
 
 `registry.get("uniform")(bits=4)` is a class found by name and then its constructor;
-`registry.parse("uniform:bits=4")` is the same in one line of text.
+`registry.parse("uniform:bits=4")` is the same in one line of text. `registry.tasks` finds what they are measured on.
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
 from ..core import CacheQuantizer
-from . import descriptions, specs
+from . import descriptions, lookup, tasks
 from .descriptions import Description, FieldDescription
-from .plugins import DuplicateStrategy, Plugins, UnknownStrategy
+from .plugins import TASK, DuplicateStrategy, DuplicateTask, Plugins, UnknownStrategy, UnknownTask
 
 __all__ = [
     "Description",
     "DuplicateStrategy",
+    "DuplicateTask",
     "FieldDescription",
     "UnknownStrategy",
+    "UnknownTask",
     "describe",
     "get",
     "names",
@@ -25,6 +26,7 @@ __all__ = [
     "register",
     "spec",
     "strategies",
+    "tasks",
     "unregister",
 ]
 
@@ -36,7 +38,7 @@ def get(name: str) -> Callable[..., CacheQuantizer]:
 
     Raises UnknownStrategy, listing what is installed, and DuplicateStrategy if two plugins claim the name.
     """
-    return _plugins.offer(name).strategy
+    return _plugins.offer(name).offered
 
 
 def names() -> list[str]:
@@ -46,13 +48,13 @@ def names() -> list[str]:
 
 def strategies() -> dict[str, type[Any]]:
     """All installed strategy classes by name; raises DuplicateStrategy if two plugins claim one name."""
-    return {offer.strategy.name: offer.strategy for offer in _plugins.offers()}
+    return {offer.offered.name: offer.offered for offer in _plugins.offers()}
 
 
 def describe(name: str) -> Description:
     """What a strategy does, where it comes from, and the settings it takes."""
     offer = _plugins.offer(name)
-    return descriptions.describe(offer.strategy, offer.plugin)
+    return descriptions.describe(offer.offered, offer.plugin)
 
 
 def parse(text: str) -> CacheQuantizer:
@@ -60,28 +62,28 @@ def parse(text: str) -> CacheQuantizer:
 
     Raises UnknownStrategy for the name and ValueError for what cannot be read or does not fit the strategy's fields.
     """
-    name, values = specs.split(text)
-    strategy = _plugins.offer(name).strategy
-    fields = descriptions.fields(strategy)
-    for field in values:
-        if field not in fields:
-            close = get_close_matches(field, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            allowed = ", ".join(fields) or "no fields"
-            raise ValueError(f"strategy {name!r} has no field {field!r} (from {text!r}); it takes {allowed}{hint}")
-    return strategy(**{k: specs.read(value, descriptions.accepts_none(fields[k])) for k, value in values.items()})
+    return lookup.parse(_plugins, text)
 
 
 def spec(strategy: CacheQuantizer) -> str:
     """The shortest text that `parse` turns into an equal strategy: fields at their default are left out."""
-    return specs.join(strategy.name, descriptions.settings(strategy))
+    return lookup.spec(strategy)
 
 
 def register(plugin: object, name: str) -> None:
-    """Add a plugin of this process, in a notebook or a test: any object with a `cachequant_strategies` hook."""
+    """Add a plugin of this process, in a notebook or a test: any object with one of the hooks of `hookspecs`."""
     _plugins.register(plugin, name)
+    # else the built-in tasks are not even imported
+    if hasattr(plugin, TASK.hook):
+        try:
+            tasks.plugins.register(plugin, name)
+        except Exception:
+            _plugins.unregister(name)
+            raise
 
 
 def unregister(name: str) -> None:
-    """Remove the plugin of that name and its strategies."""
+    """Remove the plugin of that name and what it offers."""
     _plugins.unregister(name)
+    if tasks.plugins.holds(name):
+        tasks.plugins.unregister(name)

@@ -1,4 +1,4 @@
-"""What a plugin implements: one function.
+"""What a plugin implements: one function, or both.
 
 A third-party plugin is a module that defines it, and one line of its `pyproject.toml`::
 
@@ -19,4 +19,10 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def cachequant_strategies() -> Sequence[type]:
     """The strategy classes this plugin offers, each satisfying `cachequant.core.CacheQuantizer`."""
+    return ()
+
+
+@hookspec
+def cachequant_tasks() -> Sequence[type]:
+    """The benchmark tasks this plugin offers, each a subclass of `cachequant.benchmarks.tasks.base.Task`."""
     return ()
