@@ -16,10 +16,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from . import leaderboard
-from .report import tables as report
+from . import contenders, leaderboard
+from .errors import Unusable, message
 from .leaderboard import Leaderboard, Row
-from .subjects import Unusable, prepare
+from .report import board as report
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -120,15 +120,15 @@ def main(
     fields = [_field(each) for each in vary]
     try:
         candidates = {
-            setting: leaderboard.candidates([spec])[0] for setting, spec in combinations(strategy, fields).items()
+            setting: contenders.candidates([spec])[0] for setting, spec in combinations(strategy, fields).items()
         }
-        others = leaderboard.candidates(also or [])
+        others = contenders.candidates(also or [])
     except (LookupError, ValueError) as error:
-        raise typer.BadParameter(leaderboard.message(error), param_hint="--vary") from error
+        raise typer.BadParameter(message(error), param_hint="--vary") from error
     chosen = [*candidates.values(), *others]
-    calibrating = any(map(leaderboard.needs_calibration, chosen))
+    calibrating = any(map(contenders.needs_calibration, chosen))
     try:
-        board, subjects = prepare(
+        board, subjects = leaderboard.prepare(
             model, text, windows=windows, twin=twin, calibration_text=calibration_text, calibrating=calibrating
         )
     except Unusable as error:

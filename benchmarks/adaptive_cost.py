@@ -37,8 +37,9 @@ from ..core.host import HostCopy
 from ..core.pools import RowPools
 from ..core.protocol import CacheQuantizer
 from .environment import Environment, Precision
-from .leaderboard import message
-from .speed import BASELINE, RESIDUAL_LENGTH, Contender, build_model, held_bytes, interleave
+from .errors import message
+from .held import held_bytes
+from .speed import BASELINE, RESIDUAL_LENGTH, Contender, build_model, interleave
 
 NAME = "adaptive-cost"
 

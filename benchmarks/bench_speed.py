@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.utils.import_utils import is_optimum_quanto_available
 
-from cachequant.benchmarks.speed import BASELINE, CONTEXT, PREFILL_TOKENS, QUANTO, build_model, contenders, held_bytes
+from cachequant.benchmarks.held import held_bytes
+from cachequant.benchmarks.speed import BASELINE, CONTEXT, PREFILL_TOKENS, QUANTO, build_model, contenders
 
 SPECS = ("uniform:bits=4", "uniform:bits=2")
 NAMES = (BASELINE, *((QUANTO,) if is_optimum_quanto_available() else ()), *SPECS)

@@ -25,8 +25,8 @@ from .. import registry
 from ..core import AdaptiveStrategy, PackedCache, Side
 from ..core.hf.adaptive import AdaptiveLayer
 from ..core.hf.layer import SIDES
-from .leaderboard import message
-from .subjects import REFERENCE, Unusable, context_of, load_model, read_text
+from .errors import Unusable, message
+from .subjects import REFERENCE, context_of, load_model, read_text
 
 STRATEGY = "qaq:sigma_value=0.05,interval=16"
 

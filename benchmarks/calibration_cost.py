@@ -26,7 +26,8 @@ from .. import registry
 from ..core.calibration import CalibratedStrategy, Calibration
 from . import reference
 from .environment import Environment
-from .subjects import Unusable, calibration_windows, load_model, read_text
+from .errors import Unusable
+from .subjects import calibration_windows, load_model, read_text
 
 NAME = "calibration-cost"
 

@@ -1,65 +1,23 @@
 """Every strategy on every model under one protocol: rows of memory held and accuracy kept."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
-from transformers import DynamicCache
+from pydantic import BaseModel, ConfigDict
 
-from .. import registry
-from ..core import MemoryReport, PackedCache, detach
-from ..core.calibration import CalibratedStrategy
-from .calibration import CalibrationCard, Calibrator
+from ..core import detach
+from .calibration import CalibrationCard
+from .contenders import Candidate
 from .environment import Environment
+from .errors import Unusable, message
+from .held import Memory, weigh
 from .metrics import Accuracy, pareto_front
 from .streaming import ExactRun, Protocol
-
-
-class ModelCard(BaseModel):
-    """Which model was measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    panel: str
-    """Short name of the model, the heading of its columns."""
-    architecture: str
-    parameters: int
-    layers: int
-    context: int
-    dtype: str
-    weights_sha256: str | None = None
-    """Of the files the model was loaded from; a twin has its model's."""
-
-
-class TextCard(BaseModel):
-    """Which text was read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    sha256: str
-    tokens: int
-
-
-class Memory(BaseModel):
-    """What the cache held at the end of the windows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tokens: int
-    """Per window."""
-    device_bytes: int
-    host_bytes: int
-    exact_bytes: int
-    bits_per_element: float
-    """Device bits per key or value number as held: exact tail, metadata and spare capacity included."""
-    packed_bits_per_element: float
-    """The same of the packed part alone, to which long contexts converge."""
-    ratio: float
-    """How many times smaller than the unquantized cache in the model's dtype."""
+from .subjects import ModelCard, Panel, TextCard, open_panels
+from .tasks.perplexity import Perplexity
 
 
 class Row(BaseModel):
@@ -100,67 +58,43 @@ class Leaderboard(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure on, its exact run, and what calibrates strategies for it: None refuses those that need it."""
+    """A panel and its exact run."""
 
-    card: ModelCard
-    model: Any
+    panel: Panel
     exact: ExactRun
-    calibrator: Calibrator | None = None
-
-    @classmethod
-    def of(
-        cls, card: ModelCard, model: Any, windows: Tensor, protocol: Protocol, calibrator: Calibrator | None = None
-    ) -> "Subject":
-        """Run `model` exactly, in the eyes of transformers alone: nothing of ours is attached to it."""
-        detach(model)
-        exact = ExactRun(model, windows, protocol, lambda: DynamicCache(config=model.config))
-        return cls(card, model, exact, calibrator)
-
-    def ready(self, strategy: Any) -> tuple[Any, CalibrationCard | None]:
-        """The strategy, calibrated for this model if it needs that, and what it learned from then."""
-        return (strategy, None) if self.calibrator is None else self.calibrator.ready(strategy)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A strategy that may turn out not to exist: plugins break in their constructors too."""
+def prepare(
+    model: str | None = None,
+    text: Path | None = None,
+    *,
+    windows: int = 6,
+    window_length: int | None = None,
+    residual_length: int = 32,
+    **options: Any,
+) -> tuple[Leaderboard, list[Subject]]:
+    """An empty leaderboard, and the models with their exact runs. options: those of `open_panels`.
 
-    spec: str
-    build: Callable[[], Any]
-
-
-def installed() -> list[Candidate]:
-    """The variants of all installed strategies."""
-    return [variant(cls, settings) for cls in registry.strategies().values() for settings in cls.variants]
-
-
-def variant(cls: Any, settings: dict[str, Any]) -> Candidate:
-    """A strategy class with settings, which it need not accept."""
-    try:
-        strategy = cls(**settings)
-    except Exception:
-        # told again, and reported, when the leaderboard comes to it
-        spec = ",".join(f"{name}={value}" for name, value in settings.items())
-        return Candidate(f"{cls.name}:{spec}" if spec else cls.name, lambda: cls(**settings))
-    return Candidate(registry.spec(strategy), lambda: strategy)
-
-
-def candidates(specs: Iterable[str]) -> list[Candidate]:
-    """Candidates of spec strings like `uniform:bits=4`.
-
-    Raises what `registry.parse` raises.
+    Raises Unusable.
     """
-    parsed = [registry.parse(spec) for spec in specs]
-    return [Candidate(registry.spec(strategy), lambda strategy=strategy: strategy) for strategy in parsed]
-
-
-def needs_calibration(candidate: Candidate) -> bool:
-    """Whether it has to be calibrated before it can be measured."""
+    panels, notes = open_panels(model, text, residual_length=residual_length, **options)
+    task = Perplexity(windows=windows, length=window_length)
     try:
-        strategy = candidate.build()
-    except Exception:
-        return False  # told when the leaderboard comes to it
-    return isinstance(strategy, CalibratedStrategy) and not strategy.calibrated
+        protocol = task.protocol(panels[0])
+    except ValueError as error:
+        raise Unusable(message(error), "--window-length") from error
+    try:
+        subjects = [Subject(panel, task.prepare(panel)) for panel in panels]
+    except ValueError as error:
+        raise Unusable(message(error), "--text") from error
+    board = Leaderboard(
+        protocol=protocol,
+        environment=Environment.current(str(panels[0].model.device)),
+        text=panels[0].text,
+        models=tuple(panel.card for panel in panels),
+        notes=tuple(notes),
+    )
+    return board, subjects
 
 
 def run(subjects: Iterable[Subject], candidates: Iterable[Candidate]) -> Iterator[Row]:
@@ -173,62 +107,25 @@ def run(subjects: Iterable[Subject], candidates: Iterable[Candidate]) -> Iterato
 
 def measure(subject: Subject, candidate: Candidate) -> Row:
     """One row. Whatever a strategy raises is reported in it."""
-    row = Row(panel=subject.card.panel, strategy=candidate.spec)
+    panel = subject.panel
+    row = Row(panel=panel.card.panel, strategy=candidate.spec)
     start = time.perf_counter()
     try:
-        strategy, card = subject.ready(candidate.build())
-        row = row.model_copy(update={"calibration": card})
+        contender = candidate.ready(panel)
+        row = row.model_copy(update={"calibration": contender.calibration})
         start = time.perf_counter()
-        protocol = subject.exact.protocol
-        cache = PackedCache(subject.model, strategy, residual_length=protocol.residual_length)
-        accuracy = subject.exact.compare(subject.model, cache)
-        memory = summarize_memory(cache.memory())
+        cache = contender.new_cache()
+        accuracy = subject.exact.compare(panel.model, cache)
+        _, memory = weigh(cache, panel.model, subject.exact.protocol.windows)
     except Exception as error:
         return row.model_copy(
             update={"error": f"{type(error).__name__}: {message(error)}", "seconds": time.perf_counter() - start}
         )
     finally:
-        detach(subject.model)
+        detach(panel.model)
     return row.model_copy(
         update={"accuracy": accuracy, "memory": memory, "seconds": round(time.perf_counter() - start, 3)}
     )
-
-
-def summarize_memory(report: MemoryReport) -> Memory:
-    """The figures of a leaderboard row."""
-    return Memory(
-        tokens=report.tokens,
-        device_bytes=report.device_bytes,
-        host_bytes=report.host_bytes,
-        exact_bytes=report.exact_bytes,
-        bits_per_element=report.bits_per_element,
-        packed_bits_per_element=packed_bits(report),
-        ratio=report.ratio,
-    )
-
-
-# What does not grow with the context, or is kept exact on purpose.
-UNPACKED_ROWS = frozenset(
-    {
-        "tail",
-        "cut block",
-        "sinks",
-        "spare",
-        "codebooks",
-        "static scales",
-        "attention history",
-        "host layers",
-        "host copy",
-    }
-)
-
-
-def packed_bits(report: MemoryReport) -> float:
-    """Device bits per number of the packed part alone; 0 where nothing is packed."""
-    exact_tokens = sum(report.rows.get(name, 0) for name in ("tail", "sinks"))
-    share = 1 - exact_tokens / report.exact_bytes if report.exact_bytes else 0.0
-    packed = sum(size for name, size in report.rows.items() if name not in UNPACKED_ROWS)
-    return 8 * packed / (report.elements * share) if packed and share > 0 else 0.0
 
 
 def mark_pareto(rows: Iterable[Row]) -> list[Row]:
@@ -244,14 +141,3 @@ def mark_pareto(rows: Iterable[Row]) -> list[Row]:
         for (place, _, _), optimal in zip(places, front, strict=True):
             marked[place] = marked[place].model_copy(update={"pareto": optimal})
     return marked
-
-
-def message(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, ValidationError):
-        # pydantic's own text spreads over lines and ends in an address
-        return "; ".join(
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']}" if each["loc"] else each["msg"]
-            for each in error.errors()
-        )
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -113,12 +113,23 @@ def passkey_accuracy(
     hits: dict[float, list[bool]] = {}
     for i in range(0, samples, batch_size):
         batch = prompts[i : i + batch_size]
-        answers = _greedy(model, torch.tensor([prompt.ids for prompt in batch]), make_cache() if make_cache else None)
+        answers = passkey_answers(model, tokenizer, batch, make_cache() if make_cache else None)
         for prompt, answer in zip(batch, answers, strict=True):
-            repeated = tokenizer.decode(answer).strip().startswith(prompt.key)
-            hits.setdefault(prompt.depth, []).append(repeated)
+            hits.setdefault(prompt.depth, []).append(answer.startswith(prompt.key))
     by_depth = {depth: sum(hit) / len(hit) for depth, hit in sorted(hits.items())}
     return PasskeyResult(sum(map(sum, hits.values())) / samples, by_depth, length, samples)
+
+
+def passkey_answers(model: Any, tokenizer: Any, prompts: Sequence[PasskeyPrompt], cache: Any) -> list[str]:
+    """What greedy decoding answers to prompts of one length, one batch, read through the empty `cache`.
+
+    A right answer begins with the key.
+
+    Raises:
+        ValueError: the model's logits are not finite.
+    """
+    answers = _greedy(model, torch.tensor([prompt.ids for prompt in prompts]), cache)
+    return [tokenizer.decode(answer).strip() for answer in answers]
 
 
 @torch.inference_mode()
@@ -129,6 +140,8 @@ def _greedy(model: Any, ids: torch.Tensor, cache: Any) -> list[list[int]]:
     step, answer = ids[:, -TAIL_TOKENS:], []
     for _ in range(ANSWER_TOKENS):
         out = model(step, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        if not out.logits.isfinite().all():
+            raise ValueError("the model's logits are not finite after reading this cache")
         step = out.logits[:, -1:].argmax(-1)
         answer.append(step)
     return torch.cat(answer, 1).tolist()

@@ -9,7 +9,7 @@ and comparisons are made within a turn. The weights are random: neither time nor
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +28,7 @@ from transformers.utils.import_utils import is_optimum_quanto_available
 from .. import registry
 from ..core import LayerSpec, MixedFormat, PackedCache, attach
 from .environment import Environment, Precision
+from .held import held_bytes
 
 BASELINE = "DynamicCache"
 QUANTO = "QuantizedCache quanto 4-bit"
@@ -155,20 +156,6 @@ def contenders(model: Any, specs: Sequence[str]) -> list[Contender]:
     return found
 
 
-def held_bytes(cache: Cache) -> int:
-    """Bytes of all storages behind a cache of ours or of transformers."""
-    if isinstance(cache, PackedCache):
-        report = cache.memory()
-        return report.device_bytes + report.host_bytes
-    storages = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            for tensor in _plain_tensors(value):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def measure_held(runners: Sequence[Contender], tokens: int) -> list[Held]:
     """Bytes after `tokens` tokens."""
     sizes = {runner.name: held_bytes(runner.filled(tokens)) for runner in runners}
@@ -192,11 +179,18 @@ def measure_prefill(runners: Sequence[Contender], tokens: int, rounds: int) -> l
     return _timings("prefill", tokens, interleave(actions, rounds))
 
 
-def interleave(actions: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) milliseconds per round of each action; the actions alternate, after one round that is not counted."""
+def interleave(
+    actions: dict[str, Callable[[], None]], rounds: int, before: Mapping[str, Callable[[], None]] | None = None
+) -> dict[str, list[tuple[float, float]]]:
+    """(wall, CPU) milliseconds per round of each action; the actions alternate, after one round that is not counted.
+
+    before: done ahead of the action of that name, untimed.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
     for counted in [False] + [True] * rounds:
         for name, action in actions.items():
+            if before is not None:
+                before[name]()
             wall, cpu = time.perf_counter(), time.process_time()
             action()
             if counted:
@@ -334,16 +328,6 @@ def _step(runner: Contender, ids: Tensor, cache: Cache) -> Callable[[], None]:
 
 def _prefill(runner: Contender, ids: Tensor) -> Callable[[], None]:
     return lambda: runner.forward(ids, runner.new_cache())
-
-
-def _plain_tensors(value: Any) -> list[Tensor]:
-    """The tensors that own memory inside `value`: wrapper subclasses, such as quanto's, hold others."""
-    if not isinstance(value, Tensor):
-        return []
-    if not hasattr(value, "__tensor_flatten__"):
-        return [value]
-    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [tensor for name in names for tensor in _plain_tensors(getattr(value, name))]
 
 
 def _timings(task: str, tokens: int, times: dict[str, list[tuple[float, float]]]) -> list[Timing]:

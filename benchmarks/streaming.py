@@ -131,20 +131,25 @@ class ExactRun:
         else:
             yield from map(_log_probabilities, self._fresh())
 
-    @torch.inference_mode()
     def compare(self, model: Any, cache: Any) -> Accuracy:
         """Stream the same windows through `cache`; its memory stays held for the caller to read.
 
         Raises:
             ValueError: the model's logits are not finite.
         """
+        return summarize(score for window in self.score(model, cache) for score in window)
+
+    @torch.inference_mode()
+    def score(self, model: Any, cache: Any) -> list[list[TokenScores]]:
+        """As `compare`, the scores of each window apart, pass by pass."""
         measured = stream(model, self.windows, self.protocol, cache)
-        scores: list[TokenScores] = []
+        scores: list[list[TokenScores]] = [[] for _ in self.windows]
         for step, exact, logits in zip(self.protocol.steps, self.passes(), measured, strict=True):
             targets = self.windows[:, step.start + 1 : step.stop + 1].to(logits.device)
             # window by window, so that no second copy of a whole pass is ever held
-            scores += [score_tokens(*row) for row in zip(exact, logits, targets, strict=True)]
-        return summarize(scores)
+            for window, row in zip(scores, zip(exact, logits, targets, strict=True), strict=True):
+                window.append(score_tokens(*row))
+        return scores
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """What a leaderboard measures: models, their outlier twins and the text they read."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -12,9 +15,7 @@ from ..core.hf.calibrate import cut
 from . import reference
 from .calibration import SAMPLES, CalibrationText, Calibrator
 from .corpus import stdlib_text
-from .environment import Environment
-from .leaderboard import Leaderboard, ModelCard, Subject, TextCard, message
-from .streaming import Protocol, cut_windows
+from .errors import Unusable, message
 
 REFERENCE, TWIN = "reference", "outlier twin"
 
@@ -25,29 +26,60 @@ UNLIMITED = 2**20
 HASHED_BYTES = 2**30
 
 
-class Unusable(ValueError):
-    """A model, text or protocol that cannot be measured; `option` is the command-line option that would mend it."""
+class ModelCard(BaseModel):
+    """Which model was measured."""
 
-    def __init__(self, text: str, option: str) -> None:
-        super().__init__(text)
-        self.option = option
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    panel: str
+    """Short name of the model, the heading of its columns."""
+    architecture: str
+    parameters: int
+    layers: int
+    context: int
+    dtype: str
+    weights_sha256: str | None = None
+    """Of the files the model was loaded from; a twin has its model's."""
 
 
-def prepare(
+class TextCard(BaseModel):
+    """Which text was read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A model to measure on, the text it reads, and what calibrates strategies for it."""
+
+    card: ModelCard
+    model: Any
+    tokenizer: Any
+    text: TextCard
+    ids: Sequence[int]
+    """Token ids of the text, without BOS."""
+    residual_length: int
+    """Newest tokens that caches keep exact."""
+    calibrator: Calibrator
+
+
+def open_panels(
     model: str | None = None,
     text: Path | None = None,
     *,
-    windows: int = 6,
-    window_length: int | None = None,
-    residual_length: int = 32,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     twin: bool = True,
+    residual_length: int = 32,
     calibration_text: Path | None = None,
     calibration_samples: int = SAMPLES,
     calibrating: bool = False,
-) -> tuple[Leaderboard, list[Subject]]:
-    """An empty leaderboard, and the models with their exact runs.
+) -> tuple[list[Panel], list[str]]:
+    """The models to measure on, and what is odd about them.
 
     model: a folder or hub name; the bundled reference when None.
     text: a UTF-8 file; the held-out standard library when None.
@@ -58,13 +90,6 @@ def prepare(
     Raises Unusable.
     """
     notes: list[str] = []
-    panel, loaded, tokenizer = load_model(model, dtype, device)
-    models = [(panel, loaded)]
-    if twin:
-        try:
-            models.append((TWIN, _twin(model, loaded, dtype, device)))
-        except ValueError as error:
-            notes.append(f"no outlier twin: {message(error)}")
     name, content = read_text(text, "heldout", "--text")
     learned = None if calibration_text is None else read_text(calibration_text, "train", "--calibration-text")
     if learned is not None and learned[1] == content:
@@ -74,32 +99,31 @@ def prepare(
             f"strategies are calibrated on Python's standard library, not on text like {name}; "
             "--calibration-text gives another"
         )
+    panel, loaded, tokenizer = load_model(model, dtype, device)
+    models = [(panel, loaded)]
+    if twin:
+        try:
+            models.append((TWIN, _twin(model, loaded, dtype, device)))
+        except ValueError as error:
+            notes.append(f"no outlier twin: {message(error)}")
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
-    context = context_of(loaded)
-    try:
-        protocol = Protocol.fitting(context, windows, window_length, residual_length)
-    except ValueError as error:
-        raise Unusable(message(error), "--window-length") from error
-    try:
-        chosen = cut_windows(ids, protocol, tokenizer.bos_token_id)
-    except ValueError as error:
-        raise Unusable(message(error), "--text") from error
+    card = TextCard(name=name, sha256=hashlib.sha256(content.encode()).hexdigest(), tokens=len(ids))
     weights = _weights_hash(reference.FOLDER if model is None else Path(model).expanduser())
-    cards = tuple(_card(panel, each, context, weights) for panel, each in models)
-    board = Leaderboard(
-        protocol=protocol,
-        environment=Environment.current(str(loaded.device)),
-        text=TextCard(name=name, sha256=hashlib.sha256(content.encode()).hexdigest(), tokens=len(ids)),
-        models=cards,
-        notes=tuple(notes),
-    )
     learnable = CalibrationText(
         lambda: learned or read_text(None, "train", "--calibration-text"), tokenizer, calibration_samples
     )
-    return board, [
-        Subject.of(card, each, chosen, protocol, Calibrator(each, learnable))
-        for card, (_, each) in zip(cards, models, strict=True)
-    ]
+    return [
+        Panel(
+            card=_card(panel, each, context_of(loaded), weights),
+            model=each,
+            tokenizer=tokenizer,
+            text=card,
+            ids=ids,
+            residual_length=residual_length,
+            calibrator=Calibrator(each, learnable),
+        )
+        for panel, each in models
+    ], notes
 
 
 def calibration_windows(

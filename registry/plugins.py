@@ -15,8 +15,8 @@ import pluggy
 from ..core import CacheQuantizer, Strategy
 from . import hookspecs
 
-BUILTIN = ("none", "uniform", "kvquant", "qnorm", "qaq", "h2o", "scissorhands")
-TASKS = ("perplexity", "passkey", "needle", "continuation", "speed", "lm_eval")
+BUILTIN = ("none", "uniform", "kvquant", "qnorm", "qaq", "h2o", "scissorhands", "preset")
+TASKS = ("perplexity",)
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _METHODS = [name for name, value in vars(CacheQuantizer).items() if callable(value) and not name.startswith("_")]

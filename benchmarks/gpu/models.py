@@ -16,7 +16,7 @@ from ...core.hf.static import StaticPackedCache
 from ...core.hf.static_layer import StaticPackedLayer
 from ...kernels.format import Format, LayerFormat
 from ...kernels.quantize import packed_shapes
-from ..speed import held_bytes
+from ..held import held_bytes
 from .cases import SIDES, fill_random, fitted, kvquant, uniform
 from .machine import Clock, Machine, captured, in_parallel, replayed
 from .results import DecodeTiming, PrefillTiming, message

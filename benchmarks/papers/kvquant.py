@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..calibration import SAMPLES, Calibrator
 from ..environment import Environment, Precision
-from ..leaderboard import ModelCard
-from ..subjects import Unusable, context_of, load_model, read_text
+from ..errors import Unusable
+from ..subjects import ModelCard, context_of, load_model, read_text
 from . import report
 from .figures import Paper, load
 from .reproduce import (

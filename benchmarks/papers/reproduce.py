@@ -14,8 +14,8 @@ from ... import registry
 from ...core import MemoryReport, SimulatedCache, detach
 from ..calibration import CalibrationText, Calibrator
 from ..environment import Environment
-from ..leaderboard import ModelCard, TextCard, message
-from ..subjects import Unusable
+from ..errors import Unusable, message
+from ..subjects import ModelCard, TextCard
 from .figures import Paper, Row, Table
 
 TOLERANCE = 0.02

@@ -13,7 +13,9 @@ from matplotlib.transforms import Bbox
 
 from ... import registry
 from ...registry import specs
-from ..leaderboard import Leaderboard, Row
+from ..tasks.base import Metric
+from .sheet import Line, Sheet
+from .tables import figure as written
 
 # Below this a divergence is float rounding: the cache is exact, and a logarithmic axis has no place for it.
 EXACT = 1e-6
@@ -34,9 +36,10 @@ class Point(NamedTuple):
     pareto: bool
 
 
-def draw(board: Leaderboard, path: Path) -> None:
-    """Write a PNG: mean KL (logarithmic) against bits per element, Pareto front drawn, every point labelled."""
-    panels = [(card.panel, _points(board.rows, card.panel)) for card in board.models]
+def draw(sheet: Sheet, path: Path, title: str) -> None:
+    """Write a PNG: the headline metric against bits per element, Pareto front drawn, every point labelled."""
+    metric = sheet.headline
+    panels = [(panel, _points(sheet, panel)) for panel in sheet.panels]
     families = sorted({point.family for _, points in panels for point in points})
     style = {
         name: (COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)])
@@ -46,16 +49,16 @@ def draw(board: Leaderboard, path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, sharex=True, squeeze=False)[0]
     for ax, (panel, points) in zip(axes, panels, strict=False):
-        _draw_panel(ax, points, style)
-        ax.set_title(f"{panel}\n{_yardstick(board.rows, panel)}", fontsize=12)
-    axes[0].set_ylabel("mean KL divergence to the unquantized model, nats per token", fontsize=11)
-    _set_limits(axes[0], [point for _, points in panels for point in points])
+        _draw_panel(ax, points, style, metric)
+        ax.set_title(f"{panel}\n{_yardstick(sheet, panel)}", fontsize=12)
+    axes[0].set_ylabel(_axis(metric), fontsize=11)
+    _set_limits(axes[0], [point for _, points in panels for point in points], metric)
     handles = [
         Line2D([], [], color=color, marker=marker, linestyle="", label=name) for name, (color, marker) in style.items()
     ]
     handles.append(Line2D([], [], color="0.35", linewidth=1.2, label="Pareto front (filled)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), frameon=False, fontsize=11)
-    figure.suptitle(_title(board), fontsize=13)
+    figure.suptitle(title, fontsize=13)
     # the labels need the final positions; and they must not move them afterwards
     canvas.draw()
     figure.set_layout_engine("none")
@@ -89,43 +92,52 @@ def _default_bits(name: str) -> list[str]:
     return [f"{field.default}-bit" for field in fields if field.name == "bits" and isinstance(field.default, int)]
 
 
-def _points(rows: tuple[Row, ...], panel: str) -> list[Point]:
+def _points(sheet: Sheet, panel: str) -> list[Point]:
+    metric = sheet.headline
     return [
         Point(
-            row.memory.bits_per_element,
-            row.accuracy.kl_mean,
-            short_label(row.strategy),
-            row.strategy.partition(":")[0],
-            row.pareto,
+            line.memory.bits_per_element,
+            line.metrics[metric.name],
+            short_label(line.strategy),
+            line.family,
+            line.pareto,
         )
-        for row in rows
-        if row.panel == panel and row.memory and row.accuracy and row.accuracy.kl_mean >= EXACT
+        for line in sheet.lines
+        if line.panel == panel and line.memory and not _exact(line, metric)
     ]
 
 
-def _yardstick(rows: tuple[Row, ...], panel: str) -> str:
-    """What the exact rows, which the axis cannot show, came to."""
+def _logarithmic(metric: Metric) -> bool:
+    """Losses span decades; shares do not."""
+    return metric.better == "lower" and not metric.percent
+
+
+def _exact(line: Line, metric: Metric) -> bool:
+    value = line.metrics.get(metric.name)
+    return value is None or (_logarithmic(metric) and value < EXACT)
+
+
+def _yardstick(sheet: Sheet, panel: str) -> str:
+    """What the exact rows, which a logarithmic axis cannot show, came to."""
     exact = [
-        f"{row.strategy} {row.memory.bits_per_element:.1f} bits, perplexity {row.accuracy.perplexity:.2f}"
-        for row in rows
-        if row.panel == panel and row.memory and row.accuracy and row.accuracy.kl_mean < EXACT
+        f"{line.strategy} {line.memory.bits_per_element:.1f} bits"
+        + (f", {sheet.metrics[-1].label} {written(sheet.metrics[-1], line.metrics.get(sheet.metrics[-1].name))}")
+        for line in sheet.lines
+        if line.panel == panel and line.memory and line.metrics and _exact(line, sheet.headline)
     ]
     return f"exact, not shown: {'; '.join(exact)}" if exact else ""
 
 
-def _title(board: Leaderboard) -> str:
-    protocol = board.protocol
-    dtypes = "/".join(dict.fromkeys(card.dtype for card in board.models))
-    return (
-        f"KV-cache quantization: accuracy against memory held\n{board.models[0].architecture if board.models else ''} "
-        f"{dtypes}, {protocol.windows} windows of {protocol.length} tokens streamed through the packed cache, "
-        f"newest {protocol.residual_length} exact"
-    )
+def _axis(metric: Metric) -> str:
+    if metric.name == "kl_mean":
+        return "mean KL divergence to the unquantized model, nats per token"
+    return f"{metric.label}, {metric.unit}" if metric.unit else metric.label
 
 
-def _draw_panel(ax: Any, points: list[Point], style: dict[str, tuple[str, str]]) -> None:
+def _draw_panel(ax: Any, points: list[Point], style: dict[str, tuple[str, str]], metric: Metric) -> None:
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    if _logarithmic(metric):
+        ax.set_yscale("log")
     ax.xaxis.set_major_locator(FixedLocator(TICKS))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda bits, _: f"{bits:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -143,11 +155,15 @@ def _draw_panel(ax: Any, points: list[Point], style: dict[str, tuple[str, str]])
         ax.plot(point.x, point.y, marker, color=color, markerfacecolor=face, markersize=7, zorder=3)
 
 
-def _set_limits(ax: Any, points: list[Point]) -> None:
+def _set_limits(ax: Any, points: list[Point], metric: Metric) -> None:
     if points:
         xs, ys = [point.x for point in points], [point.y for point in points]
         ax.set_xlim(min(xs) / 1.15, max(xs) * 1.15)
-        ax.set_ylim(min(ys) / 2.5, max(ys) * 2.5)
+        if _logarithmic(metric):
+            ax.set_ylim(min(ys) / 2.5, max(ys) * 2.5)
+        else:
+            margin = 0.1 * (max(ys) - min(ys)) or 0.1
+            ax.set_ylim(min(ys) - margin, max(ys) + margin)
 
 
 def _place_labels(ax: Any, points: list[Point], style: dict[str, tuple[str, str]], renderer: Any) -> None:

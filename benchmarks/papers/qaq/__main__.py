@@ -15,12 +15,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ....core import MemoryReport
-from ... import leaderboard
+from ... import contenders, leaderboard
 from ...environment import Precision
-from ...leaderboard import Leaderboard, Subject
+from ...errors import Unusable, message
+from ...leaderboard import Leaderboard, Subject, prepare
 from ...metrics import Accuracy
 from ...streaming import ExactRun
-from ...subjects import Unusable, prepare
 from . import report
 from .figures import Geometry, Paper, load
 from .results import DIVERGENCES, KEEPS, TARGETS, Result, line, plan
@@ -80,7 +80,7 @@ def main(
     try:
         curves = plan(_numbers(targets, TARGETS, "--targets"), _numbers(keeps, KEEPS, "--keeps"))
     except ValueError as error:
-        raise typer.BadParameter(leaderboard.message(error), param_hint="--targets / --keeps") from error
+        raise typer.BadParameter(message(error), param_hint="--targets / --keeps") from error
     try:
         out.mkdir(parents=True, exist_ok=True)
         board, subjects = prepare(
@@ -125,15 +125,12 @@ def _measure(
 ) -> Result:
     """All rows, curve by curve, written out as they come."""
     runs = [WeighedRun(subject.exact) for subject in subjects]
-    weighed = [
-        Subject(subject.card, subject.model, run, subject.calibrator)
-        for subject, run in zip(subjects, runs, strict=True)
-    ]
+    weighed = [Subject(subject.panel, run) for subject, run in zip(subjects, runs, strict=True)]
     result = Result(
         title=paper.title,
         source=paper.source,
         board=board,
-        shapes={subject.card.panel: shape_of(subject.model) for subject in subjects},
+        shapes={subject.panel.card.panel: shape_of(subject.panel.model) for subject in subjects},
         divergences=divergences,
     )
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -141,11 +138,11 @@ def _measure(
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=len(subjects) * sum(map(len, curves.values())))
             for curve, setting, spec in _flat(curves):
-                candidate = leaderboard.candidates([spec])[0]
+                candidate = contenders.candidates([spec])[0]
                 progress.update(task, description=escape(spec))
                 for subject, run in zip(weighed, runs, strict=True):
                     row = leaderboard.measure(subject, candidate)
-                    shape = result.shapes[subject.card.panel]
+                    shape = result.shapes[subject.panel.card.panel]
                     result = result.with_line(line(curve, setting, row, run.report, shape))
                     report.write(result, paper, out, name)
                     progress.update(task, advance=1)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...report.tables import describe
+from ...report.board import describe
 from .curves import Advantage, Comparison, Compressed
 from .figures import LEVELS, Geometry, Paper, repository_ratio
 from .results import DROPPING, OTHERS, QAQ, QUESTIONS, SIDES, VALUE_TARGET, Equal, Line, Result

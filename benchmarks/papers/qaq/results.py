@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from .... import registry
 from ....core import MemoryReport
 from ....strategies.qaq import QAQ as Strategy
-from ...leaderboard import UNPACKED_ROWS, Leaderboard, Row
+from ...held import UNPACKED_ROWS
+from ...leaderboard import Leaderboard, Row
 from .curves import Advantage, Comparison, Compressed, Curve, Point, advantage, compare, compressed, curve
 from .figures import Geometry, average_bits, repository_ratio
 

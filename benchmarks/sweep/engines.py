@@ -1,0 +1,87 @@
+"""Who measures cells: this process, one after the other, or the workers of a Ray cluster, one cell a task."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from ..errors import Unusable, message
+from .cells import Result
+from .job import Job
+from .workbench import Planned, Workbench
+
+Engine = Callable[[Workbench, Sequence[Planned]], Iterator[Result]]
+
+
+def local(bench: Workbench, pending: Sequence[Planned]) -> Iterator[Result]:
+    """In this process."""
+    for planned in pending:
+        yield bench.measure(planned)
+
+
+def ray(bench: Workbench, pending: Sequence[Planned]) -> Iterator[Result]:
+    """On a Ray cluster: the one that RAY_ADDRESS names or that runs here, else one of this machine's cores.
+
+    Each worker loads the model once, and has to have the same packages, plugins, models and texts. A task takes one
+    GPU if the job computes on one, else as many cores as the job has threads. Results come in the order they are done.
+
+    Raises Unusable if Ray is not installed or does not start.
+    """
+    try:
+        import ray as cluster
+    except ImportError as error:
+        raise Unusable(
+            'Ray is not installed; pip install "cachequant[ray]", or measure here with --engine local', "--engine"
+        ) from error
+    ours = not cluster.is_initialized()
+    if ours:
+        try:
+            cluster.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise Unusable(f"cannot start Ray: {message(error)}", "--engine") from error
+    try:
+        yield from _distribute(cluster, bench, pending)
+    finally:
+        if ours:
+            cluster.shutdown()
+
+
+def _distribute(cluster: Any, bench: Workbench, pending: Sequence[Planned]) -> Iterator[Result]:
+    gpu = bench.job.device.partition(":")[0] not in ("cpu", "auto")
+    resources = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_cpus": bench.job.threads or 1}
+    task = cluster.remote(max_retries=1, **resources)(measure_by_key)
+    job = bench.job.model_dump_json()
+    waiting = {task.remote(job, planned.cell.key): planned for planned in pending}
+    try:
+        while waiting:
+            (done, *_), _ = cluster.wait(list(waiting), num_returns=1)
+            planned = waiting.pop(done)
+            try:
+                yield Result.model_validate_json(cluster.get(done))
+            except cluster.exceptions.RayError as error:
+                # a worker that died, or could not load the model, takes its cell with it and no other
+                reason = f"{type(error).__name__}: {message(error)}"
+                yield Result(cell=planned.cell, environment=bench.environment, error=reason)
+    finally:
+        for each in waiting:
+            cluster.cancel(each, force=True)
+
+
+def measure_by_key(job: str, key: str) -> str:
+    """On a worker: the result, as JSON, of the cell of `job` that has this key."""
+    bench = _bench(job)
+    found = next((planned for planned in bench.cells if planned.cell.key == key), None)
+    if found is None:
+        raise LookupError(
+            f"worker {os.uname().nodename} has no cell {key}: its cachequant, plugins, model or text differ from those "
+            "of the machine that started the run, or it computes on another kind of device"
+        )
+    return bench.measure(found).model_dump_json()
+
+
+@lru_cache(maxsize=1)
+def _bench(job: str) -> Workbench:
+    return Workbench(Job.model_validate_json(job))
+
+
+ENGINES: dict[str, Engine] = {"local": local, "ray": ray}
