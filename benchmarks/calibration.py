@@ -17,6 +17,9 @@ from ..core.calibration.artifact import view
 from ..core.hf.calibrate import Report, cut
 
 SAMPLES = 8
+LONGEST_WINDOW = 2048
+# more than tokenizers need for code and prose, three to five
+CHARACTERS_PER_TOKEN = 12
 
 
 class CalibrationCard(BaseModel):
@@ -61,8 +64,23 @@ class CalibrationText:
     def windows(self, model: Any) -> Tensor:
         """Token ids `[samples, length]`, 2048 or what `model` takes; its twin gets the same."""
         if self._windows is None:
-            self._windows, _ = cut(model, self._tokenizer, self.content[1], self._samples, None, 0)
+            text = self.content[1]
+            try:
+                windows, _ = cut(model, self._tokenizer, _stretches(text, self._samples), self._samples, None, 0)
+            except ValueError:
+                # a tokenizer with longer tokens than any language has, or a text that is too short: it will be told
+                windows, _ = cut(model, self._tokenizer, text, self._samples, None, 0)
+            self._windows = windows
         return self._windows
+
+
+def _stretches(text: str, samples: int) -> str:
+    """As many characters as windows may need, from all over `text`: tokenizing the rest takes longer than learning."""
+    size = LONGEST_WINDOW * CHARACTERS_PER_TOKEN
+    if len(text) <= samples * size:
+        return text
+    starts = [i * (len(text) - size) // max(1, samples - 1) for i in range(samples)]
+    return "\n\n".join(text[start : start + size] for start in starts)
 
 
 class Calibrator:

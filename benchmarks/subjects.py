@@ -16,6 +16,7 @@ from . import reference
 from .calibration import SAMPLES, CalibrationText, Calibrator
 from .corpus import stdlib_text
 from .errors import Unusable, message
+from .sweep import parallel
 
 REFERENCE, TWIN = "reference", "outlier twin"
 
@@ -101,7 +102,9 @@ def open_panels(
         )
     panel, loaded, tokenizer = load_model(model, dtype, device)
     models = [(panel, loaded)]
-    if twin:
+    if twin and (parallel.world_size() > 1 or hasattr(loaded, "hf_device_map")):
+        notes.append("no outlier twin: the model is spread over devices")
+    elif twin:
         try:
             models.append((TWIN, _twin(model, loaded, dtype, device)))
         except ValueError as error:
@@ -150,12 +153,17 @@ def load_model(name: str | None, dtype: torch.dtype, device: str) -> tuple[str, 
     logging.disable_progress_bar()
     try:
         if name is None:
+            if parallel.world_size() > 1:
+                raise ValueError("the bundled reference fits one device; name a model, or start one process")
             model, tokenizer = reference.load(dtype)
-            return REFERENCE, model.to(device), tokenizer
+            return REFERENCE, model.to(_one(device)), tokenizer
         panel, source = _source(name)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
-        return panel, loaded.eval().to(device), tokenizer
+        if parallel.world_size() > 1:
+            return panel, parallel.load_sharded(source, dtype, _one(device)), tokenizer
+        spread = {"device_map": "auto"} if device == "auto" else {}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", **spread)
+        return panel, (loaded if spread else loaded.to(device)).eval(), tokenizer
     except Exception as error:
         # from_pretrained raises whatever the file formats' readers raise
         raise Unusable(f"cannot load the model: {message(error)}", "--model") from error
@@ -185,7 +193,12 @@ def context_of(model: Any) -> int:
 
 def _twin(name: str | None, model: Any, dtype: torch.dtype, device: str) -> Any:
     # the reference's is made in float32 and rounded once
-    return reference.outlier_twin(model) if name is not None else reference.load(dtype, twin=True)[0].to(device)
+    return reference.outlier_twin(model) if name is not None else reference.load(dtype, twin=True)[0].to(_one(device))
+
+
+def _one(device: str) -> str:
+    """`auto` where a process takes one device."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _source(name: str) -> tuple[str, str | Path]:

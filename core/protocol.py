@@ -1,6 +1,6 @@
 """The seam between strategies and everything else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class LayerSpec:
     """The attention layer a strategy is asked about.
 
-    kv_heads and the dims are those of the tensors that really arrive, so under tensor parallelism they are local.
+    kv_heads and the dims are those of the tensors that really arrive, so under tensor parallelism they are local;
+    `tables` alone is asked with all heads of the layer.
     """
 
     index: int
@@ -80,6 +81,8 @@ class CacheQuantizer(Protocol):
 
         first, valid: the first block about to be packed, as `encode` will get it, for strategies that fit themselves
         to the text at hand. The others ignore it.
+
+        Under tensor parallelism `layer` and `first` are of all heads, and each process keeps its share.
         """
         ...
 
@@ -111,6 +114,10 @@ class Strategy(BaseModel):
     name: ClassVar[str]
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Settings that leaderboards and contract tests run, each the keyword arguments of one instance."""
+    positional: ClassVar[str | None] = None
+    """The field that a spec may give without its name, as `preset:FILE`; None: there is none."""
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    """Fields that `cachequant tune` may vary, and the values it tries; combinations that are refused are left out."""
 
     def require_model(self, model: "PreTrainedModel") -> None:
         """See `CacheQuantizer.require_model`; any model by default."""

@@ -57,12 +57,15 @@ def bench(
     """Measure memory against accuracy and time: strategies by tasks, on a model and on its outlier twin.
 
     Results come as they are measured and are kept, one folder each, under the output folder; what is there already is
-    not measured again.
+    not measured again. Under torchrun the processes share one model.
     """
     from ..errors import Unusable
+    from ..sweep import parallel
     from ..sweep.engines import ENGINES
     from ..sweep.job import Job
+    from ..sweep.run import assist
     from ..sweep.store import Store
+    from ..sweep.workbench import Workbench
 
     console = Console()
     try:
@@ -83,11 +86,25 @@ def bench(
             calibration_text=None if calibration_text is None else str(calibration_text),
             calibration_samples=calibration_samples,
         )
-        store = Store(out)
-        with store.opened():
-            _run(console, job, store, engine, retry_failed)
+        if parallel.world_size() > 1:
+            _require_local(engine)
+        if not parallel.is_main():
+            assist(Workbench(job))
+        else:
+            store = Store(out)
+            with store.opened():
+                _run(console, job, store, engine, retry_failed)
     except Unusable as error:
         raise typer.BadParameter(str(error), param_hint=error.option) from error
+    finally:
+        parallel.stop()
+
+
+def _require_local(engine: str) -> None:
+    from ..errors import Unusable
+
+    if engine != "local":
+        raise Unusable(f"processes of torchrun measure together, --engine {engine} apart; choose one", "--engine")
 
 
 def _run(console: Console, job: "Job", store: Any, engine: str, retry_failed: bool) -> None:
@@ -156,7 +173,8 @@ def _asked(
             f"cannot read {lengths!r}; write tokens separated by commas, such as 512,1024", "--lengths"
         ) from None
     for spec in _split(strategies or ["all"]):
-        if spec.endswith((".yaml", ".yml")):
+        # a strategy may take a file too: preset:FILE
+        if spec.endswith((".yaml", ".yml")) and (":" not in spec or Path(spec).is_file()):
             in_file, tasks_in_file, lengths_in_file = read_grid(Path(spec))
             specs += in_file
             # the command line goes before the file
@@ -172,10 +190,14 @@ def _asked(
 def _with_baselines(specs: list[str], wanted: bool) -> tuple[str, ...]:
     """`all` spelled out, and transformers' caches in every table but where they are not wanted."""
     from ..contenders import baselines, installed
+    from ..errors import Unusable, message
 
     found: list[str] = []
     for spec in specs:
-        found += [candidate.spec for candidate in installed()] if spec == "all" else [spec]
+        try:
+            found += [candidate.spec for candidate in installed()] if spec == "all" else [spec]
+        except ValueError as error:  # two plugins of one name
+            raise Unusable(message(error), "--strategies") from error
     return tuple(dict.fromkeys([*found, *(candidate.spec for candidate in baselines() if wanted)]))
 
 
@@ -185,17 +207,17 @@ def _progress(console: Console, workbench: "Workbench") -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    names = [f"{cell.strategy} on {cell.model.panel}" for cell in (planned.cell for planned in workbench.cells)]
+    waiting = {
+        cell.key: f"{cell.strategy} on {cell.model.panel}" for cell in (planned.cell for planned in workbench.cells)
+    }
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(names))
-        done = 0
+        bar = progress.add_task("", total=len(waiting))
 
         def current() -> str:
-            return escape(names[min(done, len(names) - 1)])
+            return escape(next(iter(waiting.values()), ""))
 
         def heard(result: "Result", kept: bool) -> None:
-            nonlocal done
-            done += 1
+            waiting.pop(result.cell.key, None)
             progress.console.print(_line(result, kept), highlight=False, soft_wrap=True)
             progress.update(bar, advance=1, description=current())
 

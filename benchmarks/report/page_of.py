@@ -17,7 +17,7 @@ def page_of(run: Run) -> Page:
     by_cell = {(each.cell.task, each.cell.strategy, each.cell.model.panel): each for each in run.results}
     environment = run.environment
     return Page(
-        title=f"KV-cache quantization on {run.models[0].panel}",
+        title="KV-cache quantization: accuracy against memory",
         created=environment.date,
         environment={name: str(value) for name, value in environment.model_dump().items() if value is not None},
         notes=tuple(conditions(run)),
@@ -57,9 +57,10 @@ def _metric(metric: Metric) -> MetricInfo:
 def _row(line: Line, result: Result, sheet: Sheet) -> PageRow:
     outcome, memory = result.outcome, line.memory
     known = {metric.name for metric in sheet.metrics}
+    short = short_label(line.strategy)
     return PageRow(
         strategy=line.strategy,
-        label=line.strategy if line.baseline else f"{line.family} {short_label(line.strategy)}",
+        label=line.strategy if line.baseline or short == line.family else f"{line.family} {short}",
         family=line.family,
         baseline=line.baseline,
         panel=line.panel,

@@ -37,13 +37,18 @@ class Run(BaseModel):
 
 
 def metrics_of(results: Iterable[Result]) -> dict[str, tuple[Metric, ...]]:
-    """The metrics of the tasks of `results`, by the task's name; a task that is no longer installed has its names."""
-    found: dict[str, tuple[Metric, ...]] = {}
+    """The metrics of the tasks of `results`, by the task's name.
+
+    What a task does not declare, or one that is no longer installed, is shown under its own name.
+    """
+    found: dict[str, dict[str, Metric]] = {}
     for result in results:
         name = result.cell.task.partition(":")[0]
         if name not in found:
-            found[name] = _metrics(name, result)
-    return found
+            found[name] = {metric.name: metric for metric in _declared(name)}
+        for other in result.outcome.metrics if result.outcome else ():
+            found[name].setdefault(other, Metric(name=other, label=other, better="higher"))
+    return {name: tuple(metrics.values()) for name, metrics in found.items()}
 
 
 def conditions(run: Run) -> list[str]:
@@ -101,12 +106,11 @@ def write_files(run: Run, folder: Path) -> list[Path]:
     return [*paths, folder / "report.html"]
 
 
-def _metrics(name: str, result: Result) -> tuple[Metric, ...]:
+def _declared(name: str) -> tuple[Metric, ...]:
     try:
         return registry.tasks.get(name).metrics
     except LookupError:
-        names = result.outcome.metrics if result.outcome else {}
-        return tuple(Metric(name=each, label=each, better="lower") for each in names)
+        return ()
 
 
 def _summary(task: str) -> str:
@@ -146,7 +150,7 @@ def _host_copies(run: Run) -> list[str]:
 
 def _older(run: Run) -> list[str]:
     """Rows kept from earlier runs may come from another day or another process."""
-    others = [each for each in run.results if each.environment.date != run.environment.date]
+    others = [each for each in run.results if each.environment.date < run.environment.date]
     if not others:
         return []
     days = sorted({each.environment.date[:10] for each in others})

@@ -50,8 +50,8 @@ class Sheet:
 
     @property
     def headline(self) -> Metric:
-        """What ranks."""
-        return self.metrics[0]
+        """What ranks. A task none of whose cells has figures has none."""
+        return self.metrics[0] if self.metrics else Metric(name="", label="-", better="lower")
 
 
 def of_leaderboard(board: Leaderboard) -> Sheet:
@@ -102,7 +102,7 @@ def _sheet(task: str, results: Sequence[Result], metrics: tuple[Metric, ...]) ->
         )
     panels = tuple(dict.fromkeys(line.panel for line in lines))
     known = tuple(metric for metric in metrics if any(metric.name in line.metrics for line in lines)) or metrics
-    return Sheet(task, panels, known, _marked(lines, known[0]))
+    return Sheet(task, panels, known, _marked(lines, known[0]) if known else tuple(lines))
 
 
 def _marked(lines: list[Line], metric: Metric) -> tuple[Line, ...]:

@@ -1,6 +1,9 @@
 """Sheets as tables, for terminals and for Markdown."""
 
+import io
+
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -8,31 +11,26 @@ from ..tasks.base import Metric
 from .sheet import Line, Sheet, grouped
 
 PARETO = "*"
-SPEC_WIDTH = 44
+SPEC_WIDTH, NARROWEST_SPEC = 44, 20
 FIGURE_WIDTH = 11
+SIZES = ("bits", "packed", "vs 16-bit")
 
 
 def terminal_tables(sheet: Sheet, width: int) -> list[Table]:
-    """For rich: one line per strategy, Pareto-optimal figures marked; one table per model if `width` is short."""
+    """For rich: one line per strategy, Pareto-optimal figures marked.
+
+    Where `width` is short there is one table per model, and where that is too wide still, the packed part is left out.
+    """
     wide = SPEC_WIDTH + 26 + FIGURE_WIDTH * len(sheet.metrics) * len(sheet.panels)
     parts = [sheet.panels] if width >= wide else [(panel,) for panel in sheet.panels]
-    tables = []
-    for panels in parts:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("\nstrategy", overflow="fold", min_width=20)
-        for heading in ("bits", "packed", "vs 16-bit"):
-            table.add_column(f"\n{heading}", justify="right", no_wrap=True)
-        for panel in panels:
-            for place, metric in enumerate(sheet.metrics):
-                heading = f"{escape(panel) if place == 0 else ''}\n{metric.label}"
-                table.add_column(heading, justify="right", no_wrap=True, min_width=len(metric.label))
-        for spec, lines in grouped(sheet):
-            cells = _cells(sheet, lines, panels, "[bold green]" + PARETO + " {}[/]")
-            failed = any(line.error for line in lines.values())
-            baseline = any(line.baseline for line in lines.values())
-            table.add_row(escape(spec), *cells, style="dim" if failed else "italic" if baseline else "")
-        tables.append(table)
-    return tables
+    tables = [_terminal_table(sheet, panels, SIZES) for panels in parts]
+    unlimited = Console(width=10_000, file=io.StringIO())
+    # rich takes long words for unbreakable, but specs are folded
+    longest = max((len(word) for line in sheet.lines for word in line.strategy.split()), default=0)
+    foldable = max(0, longest - NARROWEST_SPEC)
+    if all(unlimited.measure(table).minimum - foldable <= width for table in tables):
+        return tables
+    return [_terminal_table(sheet, panels, ("bits", "vs 16-bit")) for panels in parts]
 
 
 def markdown_table(sheet: Sheet) -> str:
@@ -62,6 +60,24 @@ def figure(metric: Metric, value: float | None) -> str:
     return f"{value:.{metric.digits if abs(value) < 10 else min(metric.digits, 2)}f}"
 
 
+def _terminal_table(sheet: Sheet, panels: tuple[str, ...], sizes: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("\nstrategy", overflow="fold", min_width=NARROWEST_SPEC)
+    for heading in sizes:
+        table.add_column(f"\n{heading}", justify="right", no_wrap=True)
+    for panel in panels:
+        for place, metric in enumerate(sheet.metrics):
+            heading = f"{escape(panel) if place == 0 else ''}\n{metric.label}"
+            table.add_column(heading, justify="right", no_wrap=True, min_width=len(metric.label))
+    for spec, lines in grouped(sheet):
+        cells = _cells(sheet, lines, panels, "[bold green]" + PARETO + " {}[/]")
+        shown = [cell for name, cell in zip(SIZES, cells, strict=False) if name in sizes] + cells[len(SIZES) :]
+        failed = any(line.error for line in lines.values())
+        baseline = any(line.baseline for line in lines.values())
+        table.add_row(escape(spec), *shown, style="dim" if failed else "italic" if baseline else "")
+    return table
+
+
 def _cells(sheet: Sheet, lines: dict[str, Line], panels: tuple[str, ...], optimal: str) -> list[str]:
     """Figures of one strategy; `optimal` formats the headline of Pareto-optimal ones."""
     held = [memory for panel in panels if panel in lines and (memory := lines[panel].memory) is not None]
@@ -74,7 +90,7 @@ def _cells(sheet: Sheet, lines: dict[str, Line], panels: tuple[str, ...], optima
         for memory in held
     ]
     # one figure, or one per panel where a strategy decides by what it sees
-    cells = [" / ".join(dict.fromkeys(column)) for column in zip(*sizes, strict=True)] or ["-"] * 3
+    cells = [" / ".join(dict.fromkeys(column)) for column in zip(*sizes, strict=True)] or ["-"] * len(SIZES)
     for panel in panels:
         line = lines.get(panel)
         if line is None or line.error:

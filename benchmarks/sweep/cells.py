@@ -28,9 +28,12 @@ MEASURING = (
     "benchmarks/calibration.py",
     "benchmarks/contenders.py",
     "benchmarks/held.py",
+    "benchmarks/lm_eval/*.py",
     "benchmarks/metrics.py",
+    "benchmarks/reference.py",
     "benchmarks/streaming.py",
     "benchmarks/subjects.py",
+    "benchmarks/sweep/workbench.py",
 )
 
 

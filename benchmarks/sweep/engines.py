@@ -51,7 +51,8 @@ def _distribute(cluster: Any, bench: Workbench, pending: Sequence[Planned]) -> I
     resources = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_cpus": bench.job.threads or 1}
     task = cluster.remote(max_retries=1, **resources)(measure_by_key)
     job = bench.job.model_dump_json()
-    waiting = {task.remote(job, planned.cell.key): planned for planned in pending}
+    here = os.getcwd()
+    waiting = {task.remote(job, planned.cell.key, here): planned for planned in pending}
     try:
         while waiting:
             (done, *_), _ = cluster.wait(list(waiting), num_returns=1)
@@ -60,15 +61,21 @@ def _distribute(cluster: Any, bench: Workbench, pending: Sequence[Planned]) -> I
                 yield Result.model_validate_json(cluster.get(done))
             except cluster.exceptions.RayError as error:
                 # a worker that died, or could not load the model, takes its cell with it and no other
-                reason = f"{type(error).__name__}: {message(error)}"
+                cause = getattr(error, "cause", None) or error
+                reason = f"{type(cause).__name__}: {message(cause)}"
                 yield Result(cell=planned.cell, environment=bench.environment, error=reason)
     finally:
         for each in waiting:
             cluster.cancel(each, force=True)
 
 
-def measure_by_key(job: str, key: str) -> str:
-    """On a worker: the result, as JSON, of the cell of `job` that has this key."""
+def measure_by_key(job: str, key: str, folder: str) -> str:
+    """On a worker: the result, as JSON, of the cell of `job` that has this key.
+
+    folder: the one that relative paths were given in.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
     bench = _bench(job)
     found = next((planned for planned in bench.cells if planned.cell.key == key), None)
     if found is None:

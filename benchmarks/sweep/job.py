@@ -69,10 +69,11 @@ def parse_tasks(given: Iterable[str], lengths: Sequence[int]) -> list[Any]:
     found = []
     for spec in given:
         task = registry.tasks.parse(spec)
-        open_length = getattr(task, "length", 0) is None
-        found += (
-            [task.model_copy(update={"length": length}) for length in lengths] if open_length and lengths else [task]
-        )
+        if lengths and getattr(task, "length", 0) is None:
+            # made anew, so that the field's bounds hold
+            found += [type(task)(**{**dict(task), "length": length}) for length in lengths]
+        else:
+            found.append(task)
     return found
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from ..errors import message
+from . import parallel
 from .cells import Result
 from .engines import Engine, local
 from .store import Store
@@ -35,10 +36,18 @@ def sweep(
             results[planned.cell.key] = found
             heard(found, True)
     pending = [planned for planned in bench.cells if planned.cell.key not in results]
+    if parallel.world_size() > 1:
+        parallel.share([planned.cell.key for planned in pending])
     for measured in engine(bench, pending) if pending else ():
         result = finite(measured)
         try:
-            store.put(result)
+            try:
+                store.put(result)
+            except (TypeError, ValueError) as error:
+                # samples of a plugin that no file can hold
+                reason = f"cannot be stored: {message(error)}"
+                result = result.model_copy(update={"outcome": None, "error": reason})
+                store.put(result)
         except OSError as error:
             raise Unstored(
                 f"cannot write to {store.folder}: {message(error)}. The {len(results)} results so far are safe; make "
@@ -49,9 +58,26 @@ def sweep(
     return [results[planned.cell.key] for planned in bench.cells]
 
 
+def assist(bench: Workbench) -> None:
+    """What the other processes of torchrun do while the main one runs `sweep`: compute their share of the same cells.
+
+    They keep nothing: figures are equal in all processes, and so are the bits that each holds per number.
+    """
+    pending = set(parallel.share(None))
+    for planned in bench.cells:
+        if planned.cell.key in pending:
+            bench.measure(planned)
+
+
 def finite(result: Result) -> Result:
     """The result, a failure if one of its figures is not finite."""
-    figures = {**result.outcome.metrics, **result.outcome.errors, **result.outcome.latency} if result.outcome else {}
+    outcome = result.outcome
+    if outcome is None:
+        return result
+    figures = {**outcome.metrics, **outcome.errors, **outcome.latency}
+    figures |= outcome.memory.model_dump() if outcome.memory else {}
+    for layer in outcome.layers:
+        figures |= {f"layer {layer.index} keys": layer.key, f"layer {layer.index} values": layer.value}
     wrong = sorted(name for name, value in figures.items() if not math.isfinite(value))
     if not wrong:
         return result

@@ -15,21 +15,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
-from ..errors import Unusable
+from ..errors import Unusable, message
 from .cells import RESULTS_VERSION, Cell, Result
 
 CELLS = "cells"
 LOCK = ".lock"
 UNFINISHED = ".unfinished-"
+
+# Characters in a cell of predictions; csv alone takes 131,072.
+LONGEST_TEXT = 2**30
 
 
 class Unreadable(ValueError):
@@ -60,8 +62,8 @@ class Store:
             raise Unusable(
                 f"another run is writing to {self.folder}; wait for it or choose another folder", "--out"
             ) from error
-        except OSError as error:
-            raise Unusable(f"cannot write to {self.folder}: {error.strerror}", "--out") from error
+        except (OSError, NotImplementedError) as error:  # file systems without locks
+            raise Unusable(f"cannot write to {self.folder}: {message(error)}", "--out") from error
         try:
             # what a killed run had not finished
             for path in self.cells.glob(f"{UNFINISHED}*"):
@@ -120,13 +122,15 @@ def read(path: Path) -> Result:
             found["outcome"] = {
                 "metrics": metrics["metrics"],
                 "errors": metrics["standard_errors"],
-                "samples": _read_samples(path / "predictions.csv", metrics["text_columns"]),
+                "samples": _read_samples(path / "predictions.csv", metrics["samples"]),
                 **memory,
                 "latency": json.loads((path / "latency.json").read_text(encoding="utf-8")),
             }
         return Result.model_validate(found)
-    except (OSError, KeyError, TypeError, ValidationError, json.JSONDecodeError, yaml.YAMLError, csv.Error) as error:
-        raise Unreadable(f"{path} is damaged ({error!r}); delete it and run the same command again") from error
+    except Unreadable:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError, csv.Error) as error:
+        raise Unreadable(f"{path} is damaged ({message(error)}); delete it and run the same command again") from error
 
 
 def _write(result: Result, folder: Path) -> None:
@@ -139,8 +143,7 @@ def _write(result: Result, folder: Path) -> None:
         "seconds": result.seconds,
         "metrics": outcome.metrics if outcome else {},
         "standard_errors": outcome.errors if outcome else {},
-        # a number in a text stays a text
-        "text_columns": _text_columns(outcome.samples) if outcome else [],
+        "samples": _layout(outcome.samples) if outcome else {},
     }
     _json(folder / "metrics.json", metrics)
     if outcome is None:
@@ -149,22 +152,34 @@ def _write(result: Result, folder: Path) -> None:
     _json(folder / "latency.json", outcome.latency)
     names = list(dict.fromkeys(name for sample in outcome.samples for name in sample))
     with (folder / "predictions.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        # texts in quotes: they may hold anything
+        writer = csv.DictWriter(file, names, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writeheader()
         writer.writerows(outcome.samples)
 
 
-def _text_columns(samples: Iterable[dict[str, Any]]) -> list[str]:
-    return sorted({name for sample in samples for name, value in sample.items() if isinstance(value, str)})
+def _layout(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a CSV file cannot say: how many lines it has, which columns are of texts, and where those have none."""
+    texts = sorted({name for sample in samples for name, value in sample.items() if isinstance(value, str)})
+    absent = {name: [i for i, sample in enumerate(samples) if sample.get(name) is None] for name in texts}
+    return {"lines": len(samples), "text_columns": {name: {"absent": absent[name]} for name in texts}}
 
 
-def _read_samples(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+def _read_samples(path: Path, layout: dict[str, Any]) -> list[dict[str, Any]]:
+    csv.field_size_limit(LONGEST_TEXT)
     with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    return [
+        lines: list[dict[str, Any]] = list(csv.DictReader(file))
+    if len(lines) != layout["lines"]:
+        raise ValueError(f"{path.name} has {len(lines)} lines of {layout['lines']}")
+    texts = layout["text_columns"]
+    samples = [
         {name: value if name in texts else float(value) if value else None for name, value in line.items()}
         for line in lines
     ]
+    for name, column in texts.items():
+        for i in column["absent"]:
+            samples[i][name] = None
+    return samples
 
 
 def _json(path: Path, value: Any) -> None:

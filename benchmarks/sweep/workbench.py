@@ -1,5 +1,7 @@
 """Where a job's cells are measured: models loaded, texts read, exact runs kept while they are needed."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from ..contenders import Baseline, Candidate, Contender, candidates, needs_calib
 from ..environment import Environment
 from ..errors import Unusable, message
 from ..subjects import Panel, open_panels
+from ..tasks.base import Outcome
+from . import parallel
 from .cells import Cell, Result, code_digest, source_digest
 from .job import Job, parse_tasks
 
@@ -58,7 +62,12 @@ class Workbench:
             calibration_samples=job.calibration_samples,
             calibrating=any(map(needs_calibration, chosen)),
         )
+        if parallel.world_size() > 1:
+            self.notes.append(
+                f"the model is split over {parallel.world_size()} processes; bytes are those of the first"
+            )
         self.environment = Environment.current(str(self.panels[0].model.device))
+        self._calibrated_on = _calibrated_on(job, self.environment)
         self.cells = self._plan(chosen, tasks)
         self._prepared: tuple[Any, dict[str, Any]] = (None, {})
 
@@ -74,6 +83,8 @@ class Workbench:
             self._matching_attention(panel, contender)
             start = time.perf_counter()
             outcome = planned.task.measure(panel, prepared, contender)
+            if not isinstance(outcome, Outcome):
+                raise TypeError(f"task {planned.task.name!r} gave {type(outcome).__name__} instead of an Outcome")
         except Exception as error:
             reason = f"{type(error).__name__}: {message(error)}"
             return result.model_copy(update={"error": reason, "seconds": round(time.perf_counter() - start, 3)})
@@ -106,16 +117,18 @@ class Workbench:
             fitted = {}
             for panel in self.panels:
                 try:
-                    fitted[panel.card.panel] = task.fitted(panel)
-                except ValueError as error:
+                    fits = task.fitted(panel)
+                    fitted[panel.card.panel] = (fits, fits.inputs(panel))
+                except (LookupError, ValueError, OSError, ImportError) as error:
                     raise Unusable(f"{registry.tasks.spec(task)}: {message(error)}", "--tasks") from error
             for candidate in chosen:
                 for panel in self.panels:
-                    planned = self._planned(candidate, fitted[panel.card.panel], panel)
+                    fits, inputs = fitted[panel.card.panel]
+                    planned = self._planned(candidate, fits, inputs, panel)
                     found.setdefault(planned.cell.key, planned)
         return list(found.values())
 
-    def _planned(self, candidate: Candidate, task: Any, panel: Panel) -> Planned:
+    def _planned(self, candidate: Candidate, task: Any, inputs: dict[str, str], panel: Panel) -> Planned:
         contents, learns, source = _contents(candidate)
         env = self.environment
         cell = Cell(
@@ -125,17 +138,16 @@ class Workbench:
             contents=contents,
             task=registry.tasks.spec(task),
             settings=task.model_dump(mode="json"),
-            inputs=task.inputs(panel),
+            inputs=inputs,
             residual_length=self.job.residual_length,
-            calibrated_on={"text": self.job.calibration_text, "samples": self.job.calibration_samples}
-            if learns
-            else None,
+            calibrated_on=self._calibrated_on if learns else None,
             versions={
                 "cachequant": env.cachequant,
                 "torch": env.torch,
                 "transformers": env.transformers,
                 "code": code_digest(),
                 "plugins": source_digest(source, task),
+                "processes": str(parallel.world_size()),
             },
         )
         return Planned(cell, candidate, task, panel)
@@ -143,12 +155,24 @@ class Workbench:
 
 def _contents(candidate: Candidate) -> tuple[dict[str, Any], bool, Any]:
     """What a candidate says of itself, whether this run has to calibrate it, and the object."""
+    source = None
     try:
         source = candidate.build()
+        if isinstance(source, Baseline):
+            return source.model_dump(mode="json"), False, source
+        learns = isinstance(source, CalibratedStrategy) and not source.calibrated
+        describe = getattr(source, "describe", None)
+        # the spec has the settings of those that say nothing; their repr may hold an address
+        contents = describe() if describe else {"name": source.name}
+        return json.loads(json.dumps(contents)), learns, source
     except Exception:
-        return {}, False, None  # told when the run comes to it
-    if isinstance(source, Baseline):
-        return source.model_dump(mode="json"), False, source
-    learns = isinstance(source, CalibratedStrategy) and not source.calibrated
-    describe = getattr(source, "describe", None)
-    return (describe() if describe else {"name": source.name, "settings": repr(source)}), learns, source
+        return {}, False, source  # told when the run comes to it
+
+
+def _calibrated_on(job: Job, environment: Environment) -> dict[str, Any]:
+    """What decides a calibration of this run. The standard library is that of the Python that runs."""
+    if job.calibration_text is None:
+        return {"text": f"standard library of Python {environment.python}", "samples": job.calibration_samples}
+    path = Path(job.calibration_text)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"text": path.name, "text_sha256": digest, "samples": job.calibration_samples}

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..subjects import Panel
 
 
+# as in `metrics.summarize`
+LARGEST_LOSS = 700.0
+
+
 class Perplexity(Task):
     """Text continued chunk by chunk through the cache: perplexity, KL to the exact model, top-1 agreement."""
 
@@ -34,7 +38,7 @@ class Perplexity(Task):
     length: int | None = Field(
         default=None, ge=2, description="Tokens per window; None: 1024 beyond the residual, if the model takes them."
     )
-    windows: int = Field(default=6, ge=1, description="Stretches of text, evaluated as one batch.")
+    windows: int = Field(default=4, ge=1, description="Stretches of text, evaluated as one batch.")
 
     def protocol(self, panel: "Panel") -> Protocol:
         """The steps in which the text is read. Raises ValueError where the model takes no such length."""
@@ -82,10 +86,13 @@ def _standard_errors(samples: list[dict[str, float]]) -> dict[str, float]:
     """Of the means over windows, which are independent stretches; tokens of one window are not."""
     if len(samples) < 2:
         return {}
-    return {
+    errors = {
         name: statistics.stdev(sample[name] for sample in samples) / math.sqrt(len(samples))
-        for name in ("kl_mean", "top1")
+        for name in ("kl_mean", "top1", "loss")
     }
+    perplexity = math.exp(min(statistics.fmean(sample["loss"] for sample in samples), LARGEST_LOSS))
+    # of a function of the mean, to first order
+    return {"kl_mean": errors["kl_mean"], "top1": errors["top1"], "perplexity": perplexity * errors["loss"]}
 
 
 @hookimpl

@@ -261,9 +261,14 @@ class BlockLayer(PackedLayer):
             return {
                 side: NO_TABLES
                 if getattr(self.formats, side).codes == "exact"
-                else self.strategy.tables(self.spec, side, states[:, :, :block], seen).to(states.device)
+                else self._ask_tables(side, states[:, :, :block], seen).to(states.device)
                 for side, states in leaving.items()
             }
+
+    def _ask_tables(self, side: Side, first: Tensor, valid: Tensor | None) -> Tables:
+        if self.split is None:
+            return self.strategy.tables(self.spec, side, first, valid)
+        return self.split.tables(self.strategy, self.spec, side, first, valid)
 
     def _keep_codes(self, tokens: int, cut: dict[Side, dict[str, Tensor]]) -> None:
         """Remember that the first `tokens` tokens of the tail, at most as many as before, were coded as in `cut`."""

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ...kernels.format import LayerFormat, MixedFormat
 from ..adaptive import AdaptiveStrategy
+from ..calibration.artifact import Calibration
 from ..memory import MemoryReport, tensors_in
 from ..protocol import CacheQuantizer, LayerSpec
 from .adaptive import AdaptiveLayer, Council
@@ -22,6 +23,7 @@ from .identity import identity
 from .layer import CacheOptions, PackedLayer
 from .persist import load, save
 from .rope import RotaryTables
+from .split import split_heads
 
 
 class PackedCache(Cache):
@@ -225,7 +227,9 @@ class PackedCache(Cache):
     def _ask_strategy(self, model: PreTrainedModel) -> None:
         """Ask about every layer with the shapes its module declares, so that a misfit shows before a forward."""
         modules = attention_modules(model)
+        split = split_heads(model, modules)
         for layer in self.packed_layers:
+            layer.split = split.get(layer.index)
             module = modules.get(layer.index)
             # latent attention caches other tensors than its heads: asked at its first update
             if module is None or hasattr(module, "kv_lora_rank"):
@@ -235,6 +239,8 @@ class PackedCache(Cache):
             self._require_served(formats)
             if isinstance(formats, MixedFormat):
                 formats.require_fitting(spec.head_dim, spec.value_dim, spec.kv_heads)
+                if layer.split is not None:
+                    self._require_heads_apart(formats, layer.split.processes)
             elif formats is not None:
                 formats.require_fitting(spec.head_dim, spec.value_dim)
             if isinstance(layer, AdaptiveLayer):
@@ -248,6 +254,21 @@ class PackedCache(Cache):
 
     def _require_served(self, formats: LayerFormat | MixedFormat | None) -> None:
         """Raise ValueError for formats that a kind of cache cannot hold."""
+
+    def _require_heads_apart(self, formats: MixedFormat, processes: int) -> None:
+        """Raise ValueError where widths depend on heads that other processes hold."""
+        strategy = self.strategy
+        if formats.heads == "together" or (isinstance(strategy, AdaptiveStrategy) and strategy.together):
+            raise ValueError(
+                f"{strategy.name!r} with these settings decides for all heads of a token together, but the heads of "
+                f"this model are split over {processes} processes. Use settings by which every head decides for itself "
+                "(granularity='head' of qaq), or device_map instead of tensor parallelism"
+            )
+        if isinstance(getattr(strategy, "calibration", None), Calibration):
+            raise ValueError(
+                f"{strategy.name!r} has a calibration of all heads, but the heads of this model are split over "
+                f"{processes} processes. Leave the calibration out, so that the prompt is measured, or give query_norm"
+            )
 
     def _cut_rotary_tables(self) -> None:
         self.rotary_tables.truncate(max((layer.get_seq_length() for layer in self.packed_layers), default=0))

@@ -22,10 +22,12 @@ from ..adaptive import AdaptiveStrategy
 from ..calibration.artifact import Calibration, Evidence, LayerRecord, Record, digest_of, view
 from ..calibration.resume import Unfinished
 from ..calibration.statistics import Density, Extremes, Largest, Statistics, static_grid
-from .attach import detach, is_attached
+from .attach import attention_modules, detach, is_attached
 from .cache import PackedCache
+from .compat import computes_on
 from .identity import identify
 from .layer import SIDES, PackedLayer
+from .split import split_heads
 from .taps import TapCache, TapLayer
 
 if TYPE_CHECKING:
@@ -68,8 +70,13 @@ def calibrate(
     report: called with `(pass, windows done, windows)`.
 
     Raises ValueError for a text that is too short, states that are not finite, and a layer that is given no gradient or
-    does not show its queries.
+    does not show its queries; and for a model whose heads are split over processes.
     """
+    if split_heads(model, attention_modules(model)):
+        raise ValueError(
+            f"the heads of this {type(model).__name__} are split over processes, none of which sees all of them. "
+            "Calibrate it in one process, with device_map where one device is too small, and load the result here"
+        )
     windows, rest = cut(model, tokenizer, texts, samples, length, heldout)
     strategy = strategy.with_calibration(None)
     unfinished = Unfinished(folder)
@@ -230,7 +237,7 @@ class _Gathering:
     def _run_window(self, observe: Observe, gradients: bool) -> None:
         """One window through the model; `observe` sees every side that the strategy packs."""
         # cloned: what was made in inference mode cannot be kept for a backward pass
-        ids = self._windows[self._done : self._done + 1].to(self._model.device).clone()
+        ids = self._windows[self._done : self._done + 1].to(computes_on(self._model)).clone()
         seen: set[Place] = set()
         squares: dict[int, list[Tensor]] = {}
 
@@ -429,7 +436,7 @@ def _perplexities(
     residual = packs_read = 0
     for done, row in enumerate(windows):
         report("evidence", done, len(windows))
-        ids = row[None].to(model.device)
+        ids = row[None].to(computes_on(model))
         exact += _loss(model, ids, DynamicCache(config=model.config), ids.shape[1])
         cache = PackedCache(model, strategy)
         quantized += _loss(model, ids, cache, EVIDENCE_CHUNK)

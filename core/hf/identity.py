@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attach import attention_modules
+from .split import here, is_split, split_heads
 
 _CONFIGURATION = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                   "num_key_value_heads", "head_dim", "rope_parameters")  # fmt: skip
@@ -29,8 +30,14 @@ def configuration(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """For cached states: the configuration, and a hash of some weights."""
-    return {**configuration(model), "weights": _fingerprint(model.get_input_embeddings())}
+    """For cached states: the configuration, a hash of some weights, and which heads they are of, if not of all."""
+    split = split_heads(model, attention_modules(model)).values()
+    shares = {f"{each.rank} of {each.processes}" for each in split}
+    return {
+        **configuration(model),
+        "weights": _fingerprint(model.get_input_embeddings()),
+        **({"process": sorted(shares)} if shares else {}),
+    }
 
 
 def identify(model: PreTrainedModel) -> dict[str, Any]:
@@ -91,22 +98,34 @@ def _marks(attention: nn.Module) -> Marks:
     weights = {
         name: weight
         for name, weight in attention.named_parameters()
-        if weight.is_floating_point() and weight.numel() and weight.device.type != "meta" and "lora_" not in name
+        if weight.is_floating_point()
+        and weight.numel()
+        and weight.device.type != "meta"
+        and "lora_" not in name
+        # these would have to be sent whole
+        and not is_split(weight, columns=True)
     }
     # reading weights takes a while, and a cache is made for every generate
-    state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights.values()]
+    held: list[Any] = [here(weight) for weight in weights.values()]
+    state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in held]
     known = _known.get(attention)
     # an address alone may be that of a parameter that is gone
     if known is None or known[0] != state or any(a() is not b for a, b in zip(known[1], weights.values(), strict=True)):
         # peft wraps layers; biases that are zero say nothing
-        found = {name.replace(".base_layer", ""): _mark(weight.detach()) for name, weight in weights.items()}
+        found = {name.replace(".base_layer", ""): _mark(_whole(weight.detach())) for name, weight in weights.items()}
         marks = {name: mark for name, mark in found.items() if mark}
         known = _known[attention] = (state, [weakref.ref(weight) for weight in weights.values()], marks)
     return known[2]
 
 
-def _mark(weight: Tensor) -> list[float]:
-    sample = (weight.flatten(1)[:, :_COLUMNS] if weight.ndim > 1 else weight).float().flatten()
+def _whole(weight: Any) -> Tensor:
+    """The sample of a weight, from all processes that hold parts of it; they all have to ask."""
+    columns = weight.flatten(1)[:, :_COLUMNS] if weight.ndim > 1 else weight
+    return columns.full_tensor() if is_split(columns) else columns
+
+
+def _mark(sample: Tensor) -> list[float]:
+    sample = sample.float().flatten()
     wave = torch.arange(sample.numel(), device=sample.device, dtype=torch.float32).remainder_(8191).mul_(0.7).sin_()
     norm = float(sample.norm())
     if not norm:

@@ -17,6 +17,7 @@ from .handles import LazyStates
 from .precision import full_precision
 from .rope import RotaryTable, RotaryTables, Rotate
 from .segments import Scoring
+from .split import SplitHeads
 
 SIDES: tuple[Side, Side] = ("key", "value")
 
@@ -63,6 +64,8 @@ class PackedLayer(CacheLayerMixin):
         self.strategy, self.index, self.options, self.rotary_tables = strategy, index, options, rotary_tables
         self.before_rope = False
         """Whether this layer expects keys before RoPE; set by the cache, which knows the module."""
+        self.split: SplitHeads | None = None
+        """How the kv heads of this layer are split over processes, None where all are here; set by the cache."""
         self._layers = layers
         self.version = 0
         self._clear()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..protocol import CacheQuantizer, Strategy
 from .attach import attention_modules
+from .compat import computes_on
 from .identity import identity
 from .layer import PackedLayer
 from .rope import RotaryTable
@@ -76,9 +77,9 @@ def load(kind: type[Loaded], path: str | os.PathLike[str], model: PreTrainedMode
     _require_equal(f"{path} was saved from another model", header.model, identity(model))
     _require_equal(f"{path} was saved with another strategy", header.strategy, _describe(strategy))
     cache = kind(model, strategy, **header.options)
-    devices = {index: next(module.parameters()).device for index, module in attention_modules(model).items()}
+    devices = {index: computes_on(module) for index, module in attention_modules(model).items()}
     try:
-        _fill(cache, header, tensors, devices, model.device)
+        _fill(cache, header, tensors, devices, computes_on(model))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}; run the prompt again") from error
     return cache
