@@ -58,7 +58,7 @@ def describe(name: str) -> Description:
 
 
 def parse(text: str) -> CacheQuantizer:
-    """The strategy that a spec such as `uniform:bits=4,group_size=64` describes.
+    """The strategy that a spec such as `uniform:bits=4,group_size=64` or `preset:FILE` describes.
 
     Raises UnknownStrategy for the name and ValueError for what cannot be read or does not fit the strategy's fields.
     """

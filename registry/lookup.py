@@ -12,8 +12,10 @@ def parse(plugins: Plugins, text: str) -> Any:
 
     Raises the kind's error for the name and ValueError for what cannot be read or does not fit the fields.
     """
-    name, values = specs.split(text)
-    offered = plugins.offer(name).offered
+    name = specs.named(text)
+    offered = plugins.offer(name).offered if name else None
+    name, values = specs.split(text, getattr(offered, "positional", None))
+    assert offered is not None  # a text without a name is refused above
     fields = descriptions.fields(offered)
     for field in values:
         if field not in fields:

@@ -16,7 +16,7 @@ from ..core import CacheQuantizer, Strategy
 from . import hookspecs
 
 BUILTIN = ("none", "uniform", "kvquant", "qnorm", "qaq", "h2o", "scissorhands", "preset")
-TASKS = ("perplexity",)
+TASKS = ("perplexity", "passkey", "needle", "continuation", "speed", "lm_eval")
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _METHODS = [name for name, value in vars(CacheQuantizer).items() if callable(value) and not name.startswith("_")]

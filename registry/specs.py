@@ -2,6 +2,8 @@
 
 Numbers, `true`, `false`, lists and double-quoted strings are JSON; `none` and `null` are None where the field accepts
 it; any other word is a string as it stands. Commas inside quotes and brackets do not separate fields.
+
+One field of a strategy may be given without its name, and comes first then: `preset:my preset.json`.
 """
 
 import json
@@ -16,8 +18,17 @@ _NONE = ("none", "null")
 _DECODER = json.JSONDecoder()
 
 
-def split(text: str) -> tuple[str, dict[str, str]]:
-    """Name and unread values of a spec; raises ValueError naming the part that cannot be read."""
+def named(text: str) -> str:
+    """The strategy's name, whatever follows it."""
+    return text.partition(":")[0].strip()
+
+
+def split(text: str, positional: str | None = None) -> tuple[str, dict[str, str]]:
+    """Name and unread values of a spec; raises ValueError naming the part that cannot be read.
+
+    positional: the field whose value may come first without its name. A value that looks like `field=value` itself
+        has to be quoted.
+    """
     name, colon, rest = text.partition(":")
     name = name.strip()
     if not name:
@@ -27,9 +38,12 @@ def split(text: str) -> tuple[str, dict[str, str]]:
     values: dict[str, str] = {}
     while rest.strip():
         head = _FIELD.match(rest)
-        if head is None:
+        if head is not None:
+            field, rest = head[1], rest[head.end() :]
+        elif positional is not None and not values:
+            field, rest = positional, rest.lstrip()
+        else:
             raise ValueError(f"cannot read {rest.strip()!r} in {text!r}; write field=value, separated by commas")
-        field, rest = head[1], rest[head.end() :]
         if field in values:
             raise ValueError(f"{text!r} sets {field!r} twice; keep one")
         end = _value_end(text, field, rest)
@@ -46,7 +60,12 @@ def split(text: str) -> tuple[str, dict[str, str]]:
 
 def join(name: str, settings: Mapping[str, Any]) -> str:
     """The spec of JSON-able settings."""
-    fields = ",".join(f"{field}={write(value)}" for field, value in settings.items())
+    return rejoin(name, {field: write(value) for field, value in settings.items()})
+
+
+def rejoin(name: str, values: Mapping[str, str]) -> str:
+    """Inverse of `split`."""
+    fields = ",".join(f"{field}={value}" for field, value in values.items())
     return f"{name}:{fields}" if fields else name
 
 

@@ -7,6 +7,7 @@ some are dropped, so the budget is met at these decisions and exceeded in betwee
 grows with it. Sinks that the cache keeps may come on top.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -22,6 +23,10 @@ class H2O(AdaptiveStrategy):
 
     name: ClassVar[str] = "h2o"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"keep": 0.5}, {"keep": 0.2})
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "keep": (0.1, 0.2, 0.3, 0.5, 0.7),
+        "recent": (0.25, 0.5, 0.75),
+    }
 
     keep: float = Field(default=0.2, gt=0, le=1, description="Share of the tokens so far that stay.")
     recent: float = Field(default=0.5, ge=0, le=1, description="Share of these that stay for being the newest.")

@@ -3,6 +3,7 @@
 Hooper et al., https://arxiv.org/abs/2401.18079. `docs/kvquant.md` says when to use which field, and where this differs.
 """
 
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +29,15 @@ class KVQuant(CalibratedStrategy):
         {"bits": 2, "outliers": 0},
         {"bits": 3, "calibration": "prompt"},
     )
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "key_bits": (2, 3, 4),
+        "value_bits": (2, 3, 4),
+        "datatype": ("nuq", "nf", "int"),
+        "outliers": (0.0, 0.005, 0.01, 0.02),
+        "sink_tokens": (0, 1, 4),
+        "q_norm": (False, True),
+        "key_scale": ("static", "channel"),
+    }
 
     bits: Bits = Field(default=4, description="Bits per number, keys and values alike.")
     key_bits: Bits | None = Field(default=None, description="Bits of the keys, where they differ.")

@@ -5,7 +5,7 @@ queries, both by their own range. `docs/qaq.md` says when to use which field, an
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,6 +36,15 @@ class QAQ(AdaptiveStrategy, CalibratedStrategy):
         {"sigma_key": 0.008},
         {"host_copy": False},
     )
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "sigma_key": (0.0005, 0.001, 0.002, 0.004, 0.008),
+        "sigma_value": (0.05, 0.1, 0.2, 0.4),
+        "alpha": (0.0, 0.005, 0.01, 0.02),
+        "window": (5, 16, 64),
+        "granularity": ("layer", "head", "token"),
+        "min_bits": (0, 2),
+        "host_copy": (True, False),
+    }
 
     alpha: float = Field(default=0.01, ge=0, le=0.25, description="Share of numbers kept exact, half at either end.")
     window: int = Field(default=5, ge=1, le=512, description="Newest queries whose largest score counts.")

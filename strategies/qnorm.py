@@ -5,6 +5,7 @@ and stretched so that mean and deviation are those of a calibration text. Encodi
 numbers per layer and side. It is neither QK-norm, a layer of some models, nor QAQ's norm of queries.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
@@ -31,6 +32,16 @@ class QNorm(CalibratedStrategy):
         {"base": "uniform:bits=2"},
         {"base": "kvquant", "bits": 2},
     )
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "base": (
+            "uniform",
+            "uniform:rotation=hadamard",
+            "uniform:key_scale=channel,key_rope=pre",
+            "kvquant",
+            "kvquant:outliers=0.0",
+        ),
+        "bits": (2, 3, 4),
+    }
 
     base: Base = Field(default="kvquant", validate_default=True, description="The strategy, or its spec.")
     bits: Literal[2, 3, 4, 8] | None = Field(default=None, description="Bits of the base; None: as the base has them.")

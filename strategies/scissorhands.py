@@ -7,6 +7,7 @@ tokens have gathered, instead of a fixed size from which half is dropped when it
 that are still there; and fewer queries are remembered, since each costs a byte per token and kv head.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,11 @@ class Scissorhands(AdaptiveStrategy):
 
     name: ClassVar[str] = "scissorhands"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"keep": 0.5}, {"keep": 0.2})
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "keep": (0.1, 0.2, 0.3, 0.5, 0.7),
+        "recent": (10, 32, 64),
+        "window": (16, 64, 256),
+    }
 
     keep: float = Field(default=0.2, gt=0, le=1, description="Share of the tokens so far that stay.")
     recent: int = Field(default=10, ge=0, description="Newest tokens that stay whatever their attention.")

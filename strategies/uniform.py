@@ -5,6 +5,7 @@ Per-token scales for keys and values are the FlexGen / transformers default; per
 QuaRot (https://arxiv.org/abs/2404.00456).
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -30,6 +31,16 @@ class Uniform(Strategy):
         {"bits": 3, "key_scale": "channel", "key_rope": "pre"},
         {"bits": 2, "key_scale": "channel", "key_rope": "pre"},
     )
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "key_bits": (2, 3, 4, 8),
+        "value_bits": (2, 3, 4, 8),
+        "group_size": (None, 32, 16),
+        "symmetric": (False, True),
+        "key_scale": ("token", "channel"),
+        "key_rope": ("post", "pre"),
+        "rotation": ("none", "hadamard"),
+        "block": (32, 64, 128),
+    }
 
     bits: Bits = Field(default=4, description="Bits per number, keys and values alike.")
     key_bits: Bits | None = Field(default=None, description="Bits of the keys, where they differ.")

@@ -45,7 +45,7 @@ class Outcome(BaseModel):
     """The bytes of that by kind."""
     layers: tuple[LayerBits, ...] = ()
     latency: dict[str, float] = {}
-    """Milliseconds by what took them; not comparable between machines."""
+    """Milliseconds by what took them (and bytes where the name says so); not comparable between machines."""
 
     @classmethod
     def of(cls, held: tuple[MemoryReport, Memory] | None = None, **found: Any) -> Self:
