@@ -85,7 +85,8 @@ class LmEval(Task):
             limit=self.limit,
             batch_size=self.batch_size,
             fewshot=self.fewshot,
-            options={"residual_length": panel.residual_length} if strategy is not None else None,
+            # in the papers' protocol nothing is kept exact
+            options={"residual_length": panel.residual_length} if strategy and self.protocol != "paper" else None,
         )
         (reading,) = found.readings.values()
         alone = len({score.task for score in found.scores}) == 1
