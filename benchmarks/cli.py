@@ -4,8 +4,11 @@ import typer
 
 from .commands.bench import bench
 from .commands.calibrate import calibrate
+from .commands.compare import compare
 from .commands.doctor import doctor
 from .commands.listing import list_all
+from .commands.plan import plan
+from .commands.tune import tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -16,7 +19,7 @@ def main() -> None:
 
 
 app.command("list")(list_all)
-for command in (bench, calibrate, doctor):
+for command in (bench, compare, plan, tune, calibrate, doctor):
     app.command()(command)
 
 

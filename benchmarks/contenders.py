@@ -145,13 +145,13 @@ def variant(cls: Any, settings: dict[str, Any]) -> Candidate:
 
 
 def candidates(given: Iterable[str]) -> list[Candidate]:
-    """Candidates of specs like `uniform:bits=4` and `QuantizedCache:backend=hqq,nbits=2`; `all` is what is installed.
+    """Candidates of specs like `uniform:bits=4` and `QuantizedCache:backend=hqq,nbits=2`; `all` is every strategy.
 
     Raises what `registry.parse` raises.
     """
     found: dict[str, Candidate] = {}
     for spec in given:
-        each = [*installed(), *baselines()] if spec == "all" else [candidate(spec)]
+        each = installed() if spec == "all" else [candidate(spec)]
         found |= {candidate.spec: candidate for candidate in each}
     return list(found.values())
 

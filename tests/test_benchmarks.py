@@ -16,15 +16,20 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from typer.testing import CliRunner
 
 from cachequant import registry
-from cachequant.benchmarks import leaderboard, metrics, speed, subjects
-from cachequant.benchmarks.report import tables as report
+from cachequant.benchmarks import contenders, held, leaderboard, metrics, speed, subjects
 from cachequant.benchmarks.calibration import CalibrationText, Calibrator
-from cachequant.benchmarks.report.chart import short_label
 from cachequant.benchmarks.cli import app
+from cachequant.benchmarks.contenders import Candidate
 from cachequant.benchmarks.corpus import Corpus
 from cachequant.benchmarks.environment import Environment
-from cachequant.benchmarks.leaderboard import Candidate, Leaderboard, ModelCard, Row, Subject, TextCard
+from cachequant.benchmarks.leaderboard import Leaderboard, Row, Subject
+from cachequant.benchmarks.report import board as report
+from cachequant.benchmarks.report.chart import short_label
+from cachequant.benchmarks.report.sheet import grouped, of_leaderboard
+from cachequant.benchmarks.report.tables import terminal_tables
 from cachequant.benchmarks.streaming import ExactRun, Protocol, cut_windows, stream
+from cachequant.benchmarks.subjects import ModelCard, Panel, TextCard
+from cachequant.benchmarks.sweep.workbench import Workbench
 from cachequant.core import Format, LayerFormat, LayerSpec, MemoryReport, PackedCache, SimulatedCache, Strategy, detach
 from cachequant.core.calibration import CalibratedStrategy
 
@@ -85,19 +90,36 @@ def exact(model, windows):
     return ExactRun(model, windows, PROTOCOL, lambda: DynamicCache(config=model.config))
 
 
+def card_of(panel: str) -> ModelCard:
+    return ModelCard(panel=panel, architecture="Llama", parameters=1, layers=2, context=256, dtype="float32")
+
+
+def subject_of(panel: str, model: Any, windows: torch.Tensor, calibrator: Any = None) -> Subject:
+    """A model that reads `windows`."""
+    panel_ = Panel(
+        card=card_of(panel),
+        model=model,
+        tokenizer=None,
+        text=TextCard(name="random", sha256="0" * 64, tokens=1000),
+        ids=(),
+        residual_length=PROTOCOL.residual_length,
+        calibrator=calibrator or Calibrator(model, CalibrationText(lambda: ("none", ""), by_words)),
+    )
+    return Subject(panel_, ExactRun(model, windows, PROTOCOL, lambda: DynamicCache(config=model.config)))
+
+
 @pytest.fixture(scope="module")
 def board(model, windows):
-    card = ModelCard(panel="tiny", architecture="Llama", parameters=1, layers=2, context=256, dtype="float32")
     empty = Leaderboard(
         protocol=PROTOCOL,
         environment=Environment.current(),
         text=TextCard(name="random", sha256="0" * 64, tokens=1000),
-        models=(card,),
+        models=(card_of("tiny"),),
     )
     candidates = [Candidate("none", lambda: registry.parse("none"))]
     candidates += [Candidate(f"crude:bits={bits}", lambda bits=bits: Crude(bits=bits)) for bits in (2, 8)]
     candidates += [Candidate("crashing", Crashing)]
-    return empty.with_rows(leaderboard.run([Subject.of(card, model, windows, PROTOCOL)], candidates))
+    return empty.with_rows(leaderboard.run([subject_of("tiny", model, windows)], candidates))
 
 
 # --- metrics
@@ -257,9 +279,8 @@ def test_a_crashing_strategy_becomes_a_row_with_its_reason(board):
     assert all(rows[name].error is None for name in ("none", "crude:bits=2", "crude:bits=8"))
 
 
-def test_a_strategy_that_cannot_be_constructed_becomes_a_row(board, model, windows):
-    subject = Subject.of(board.models[0], model, windows, PROTOCOL)
-    row = leaderboard.measure(subject, leaderboard.variant(Crude, {"bits": "many"}))
+def test_a_strategy_that_cannot_be_constructed_becomes_a_row(model, windows):
+    row = leaderboard.measure(subject_of("tiny", model, windows), contenders.variant(Crude, {"bits": "many"}))
     assert row.strategy == "crude:bits=many"
     assert "bits: Input should be a valid integer" in (row.error or "")
 
@@ -278,10 +299,10 @@ def test_bits_are_those_of_the_bytes_held(board):
 
 def test_the_packed_part_leaves_out_what_does_not_grow():
     rows = {"key codes": 30, "value codes": 30, "tail": 40, "codebooks": 1000, "spare": 7}
-    held = MemoryReport(tokens=4, elements=40, exact_bytes=160, device_bytes=1107, host_bytes=0, rows=rows)
-    assert leaderboard.packed_bits(held) == pytest.approx(8 * 60 / 30)
+    weighed = MemoryReport(tokens=4, elements=40, exact_bytes=160, device_bytes=1107, host_bytes=0, rows=rows)
+    assert held.packed_bits(weighed) == pytest.approx(8 * 60 / 30)
     nothing = MemoryReport(tokens=0, elements=0, exact_bytes=0, device_bytes=0, host_bytes=0, rows={})
-    assert leaderboard.packed_bits(nothing) == 0
+    assert held.packed_bits(nothing) == 0
 
 
 def test_pareto_is_judged_panel_by_panel(board):
@@ -316,14 +337,13 @@ def calibrated(model, windows, monkeypatch):
     text = CalibrationText(lambda: RANDOM_TEXT, by_words, samples=3)
     measured = []
     for panel, each in (("one", model), ("other", other)):
-        card = ModelCard(panel=panel, architecture="Llama", parameters=1, layers=2, context=256, dtype="float32")
-        measured.append(Subject.of(card, each, windows, PROTOCOL, Calibrator(each, text)))
+        measured.append(subject_of(panel, each, windows, Calibrator(each, text)))
 
     def measure(*specs):
-        return list(leaderboard.run(measured, leaderboard.candidates(specs)))
+        return list(leaderboard.run(measured, contenders.candidates(specs)))
 
     measure.made = made
-    measure.ready = lambda spec: measured[0].ready(registry.parse(spec))
+    measure.ready = lambda spec: measured[0].panel.calibrator.ready(registry.parse(spec))
     return measure
 
 
@@ -369,42 +389,41 @@ def test_rows_keep_their_spec_and_say_what_was_learned(calibrated, board):
     assert "alibrat" not in report.describe(board)
 
 
-def test_strategies_that_are_ready_do_not_read_the_calibration_text(model, windows, board):
+def test_strategies_that_are_ready_do_not_read_the_calibration_text(model, windows):
     def absent():
         raise FileNotFoundError("there is no text")
 
     calibrator = Calibrator(model, CalibrationText(absent, by_words))
-    subject = Subject.of(board.models[0], model, windows, PROTOCOL, calibrator)
-    rows = list(leaderboard.run([subject], leaderboard.candidates(["kvquant:calibration=prompt", "none", "kvquant"])))
+    subject = subject_of("tiny", model, windows, calibrator)
+    rows = list(leaderboard.run([subject], contenders.candidates(["kvquant:calibration=prompt", "none", "kvquant"])))
     assert [row.error for row in rows] == [None, None, "FileNotFoundError: there is no text"]
     assert [row.calibration for row in rows] == [None] * 3
 
 
-def test_a_calibration_that_fails_becomes_a_row(model, windows, board):
+def test_a_calibration_that_fails_becomes_a_row(model, windows):
     text = CalibrationText(lambda: ("short", "1 2 3"), by_words)
-    subject = Subject.of(board.models[0], model, windows, PROTOCOL, Calibrator(model, text))
-    row = leaderboard.measure(subject, leaderboard.candidates(["kvquant"])[0])
+    subject = subject_of("tiny", model, windows, Calibrator(model, text))
+    row = leaderboard.measure(subject, contenders.candidates(["kvquant"])[0])
     assert "ValueError: the text has 3 tokens; 8 windows of 256" in row.error
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_calibration_of_another_model_becomes_a_row(model, windows, board, tmp_path):
+def test_a_calibration_of_another_model_becomes_a_row(model, windows, tmp_path):
     ids = torch.randint(1, VOCABULARY, (2, 256), generator=torch.Generator().manual_seed(0))
     other = build_model()
     with torch.no_grad():
         other.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
     kvquant = registry.get("kvquant")(outliers=0).calibrate(other, None, ids, samples=2, heldout=0)
     given = registry.spec(kvquant.save_pretrained(tmp_path))
-    subject = Subject.of(board.models[0], model, windows, PROTOCOL, None)
-    row = leaderboard.measure(subject, leaderboard.candidates([given])[0])
+    row = leaderboard.measure(subject_of("tiny", model, windows), contenders.candidates([given])[0])
     assert row.strategy == given
     assert "is of another model" in row.error
 
 
 def test_who_has_to_be_calibrated_is_known_before():
-    found = leaderboard.candidates(["none", "kvquant", "kvquant:calibration=prompt", "qnorm:base=uniform"])
-    assert [leaderboard.needs_calibration(each) for each in found] == [False, True, False, True]
-    assert not leaderboard.needs_calibration(leaderboard.variant(Crude, {"bits": "many"}))
+    found = contenders.candidates(["none", "kvquant", "kvquant:calibration=prompt", "qnorm:base=uniform"])
+    assert [contenders.needs_calibration(each) for each in found] == [False, True, False, True]
+    assert not contenders.needs_calibration(contenders.variant(Crude, {"bits": "many"}))
 
 
 # --- report
@@ -434,7 +453,7 @@ def test_the_terminal_table_is_never_cropped(board, width):
     other = [row.model_copy(update={"panel": "other"}) for row in board.rows]
     models = (*board.models, board.models[0].model_copy(update={"panel": "other"}))
     both = board.model_copy(update={"models": models}).with_rows([*board.rows, *other])
-    for table in report.terminal_tables(both, console.width):
+    for table in terminal_tables(of_leaderboard(both), console.width):
         console.print(table)
     text = console.export_text()
     assert "…" not in text
@@ -442,7 +461,7 @@ def test_the_terminal_table_is_never_cropped(board, width):
 
 
 def test_rows_are_sorted_by_bits_with_failures_last(board):
-    assert [spec for spec, _ in report.group(board)] == ["crude:bits=2", "crude:bits=8", "none", "crashing"]
+    assert [spec for spec, _ in grouped(of_leaderboard(board))] == ["crude:bits=2", "crude:bits=8", "none", "crashing"]
 
 
 @pytest.mark.parametrize(
@@ -508,40 +527,48 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
-def test_list_shows_every_strategy_and_field():
+def results_in(out):
+    return json.loads((out / "leaderboard.json").read_text())["results"]
+
+
+@pytest.mark.parametrize("offers", [registry, registry.tasks])
+def test_list_shows_every_strategy_and_task_with_its_fields(offers):
     result = invoke("list")
     assert result.exit_code == 0
-    for name in registry.names():
+    for name in offers.names():
         assert name in result.output
-        for field in registry.describe(name).fields:
+        for field in offers.describe(name).fields:
             assert field.name in result.output
 
 
 def test_bench_measures_a_model_and_its_twin(folder, tmp_path):
-    common = ("--model", folder, "--text", folder / "text.txt", "--windows", 2, "--out", tmp_path / "new" / "out")
+    common = ("--model", folder, "--text", folder / "text.txt", "--tasks", "perplexity:windows=2", "--no-baselines")
+    common += ("--out", tmp_path / "new" / "out")
     result = invoke("bench", *common, "--strategies", "none; uniform:bits=4", "--strategies", "uniform:group_size=24")
     assert result.exit_code == 0, result.output
     board = json.loads((tmp_path / "new" / "out" / "leaderboard.json").read_text())
-    assert [(row["strategy"], row["panel"]) for row in board["rows"]] == [
+    cells = [result["cell"] for result in board["results"]]
+    assert [(cell["strategy"], cell["model"]["panel"]) for cell in cells] == [
         (spec, panel)
         for spec in ("none", "uniform", "uniform:group_size=24")
         for panel in (folder.name, "outlier twin")
     ]
-    assert [bool(row["error"]) for row in board["rows"]] == [False] * 4 + [True] * 2
-    assert board["protocol"]["length"] == 416
+    assert [bool(result["error"]) for result in board["results"]] == [False] * 4 + [True] * 2
+    assert {cell["task"] for cell in cells} == {"perplexity:length=416,windows=2"}
     assert len(board["models"][0]["weights_sha256"]) == 64
     assert str(folder) not in json.dumps(board)
     assert "a group of 24 channels does not divide head_dim=32" in " ".join(result.output.split())
 
 
 def test_bench_calibrates_on_a_text_that_is_not_measured(folder, tmp_path):
-    common = ("--model", folder, "--text", folder / "text.txt", "--windows", 1, "--out", tmp_path)
+    common = ("--model", folder, "--text", folder / "text.txt", "--tasks", "perplexity:windows=1", "--no-baselines")
+    common += ("--out", tmp_path)
     learning = ("--calibration-text", folder / "other.txt", "--calibration-samples", 2)
     result = invoke("bench", *common, *learning, "--strategies", "kvquant:bits=2;none")
     assert result.exit_code == 0, result.output
     board = json.loads((tmp_path / "leaderboard.json").read_text())
-    assert [row["error"] for row in board["rows"]] == [None] * 4
-    cards = [row["calibration"] for row in board["rows"]]
+    assert [result["error"] for result in board["results"]] == [None] * 4
+    cards = [result["calibration"] for result in board["results"]]
     assert cards[2:] == [None, None]
     assert [(card["text"], card["windows"], card["length"]) for card in cards[:2]] == [("other.txt", 2, 512)] * 2
     flat = " ".join(result.output.split())
@@ -559,7 +586,8 @@ def test_bench_notes_that_the_standard_library_calibrates_for_a_text_of_ones_own
         return Corpus("w2 w3 w4 " * 400, "3.0", "", 1)
 
     monkeypatch.setattr(subjects, "stdlib_text", library)
-    common = ("--model", folder, "--text", folder / "text.txt", "--windows", 1, "--out", tmp_path, "--no-twin")
+    common = ("--model", folder, "--text", folder / "text.txt", "--out", tmp_path, "--no-twin", "--no-baselines")
+    common += ("--tasks", "perplexity:windows=1")
     notes = []
     for spec in ("kvquant", "none"):
         result = invoke("bench", *common, "--calibration-samples", 1, "--strategies", spec)
@@ -571,18 +599,18 @@ def test_bench_notes_that_the_standard_library_calibrates_for_a_text_of_ones_own
 
 
 def test_an_interrupted_bench_keeps_what_it_measured(folder, tmp_path, monkeypatch):
-    measure = leaderboard.measure
+    measure = Workbench.measure
 
-    def interrupted(subject, candidate):
-        if candidate.spec == "uniform":
+    def interrupted(self, planned):
+        if planned.cell.strategy == "uniform":
             raise KeyboardInterrupt
-        return measure(subject, candidate)
+        return measure(self, planned)
 
-    monkeypatch.setattr(leaderboard, "measure", interrupted)
-    common = ("--model", folder, "--text", folder / "text.txt", "--windows", 2, "--out", tmp_path, "--no-twin")
-    result = invoke("bench", *common, "--strategies", "none;uniform")
+    monkeypatch.setattr(Workbench, "measure", interrupted)
+    common = ("--model", folder, "--text", folder / "text.txt", "--out", tmp_path, "--no-twin", "--no-baselines")
+    result = invoke("bench", *common, "--tasks", "perplexity:windows=2", "--strategies", "none;uniform")
     assert result.exit_code == 130
-    assert [row["strategy"] for row in json.loads((tmp_path / "leaderboard.json").read_text())["rows"]] == ["none"]
+    assert [result["cell"]["strategy"] for result in results_in(tmp_path)] == ["none"]
 
 
 @pytest.mark.parametrize(
@@ -598,8 +626,9 @@ def test_an_interrupted_bench_keeps_what_it_measured(folder, tmp_path, monkeypat
         (("--calibration-text", "{folder}/absent.txt"), "Invalid value for --calibration-text: cannot read"),
         (("--calibration-text", "{folder}/text.txt"), "is the text that is measured; calibrate on another"),
         (("--strategies", "kvquant:calibration=/no/such/folder"), "there is no calibration folder"),
-        (("--window-length", "600"), "beyond the model's context; use at most 512"),
-        (("--window-length", "200"), "nothing to score"),
+        (("--tasks", "perplexity:length=600"), "beyond the model's context; use at most 512"),
+        (("--tasks", "perplexity:length=200"), "nothing to score"),
+        (("--lengths", "600"), "beyond the model's context; use at most 512"),
         (("--out", "{folder}/text.txt"), "cannot write to"),
     ],
 )

@@ -116,11 +116,11 @@ def test_the_lines_it_prints_can_be_run(folder, finished, tmp_path):
     words = shlex.split(shell)
     assert words[:2] == ["cachequant", "bench"]
     assert registry.parse(words[-1]) == strategy
-    common = ("--text", folder / "other.txt", "--windows", 1, "--no-twin", "--out", tmp_path)
-    result = invoke(*words[1:], *common)
+    common = ("--text", folder / "other.txt", "--tasks", "perplexity:windows=1", "--no-twin", "--no-baselines")
+    result = invoke(*words[1:], *common, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    (row,) = json.loads((tmp_path / "leaderboard.json").read_text())["rows"]
-    assert (row["strategy"], row["error"], row["calibration"]) == (words[-1], None, None)
+    (row,) = json.loads((tmp_path / "leaderboard.json").read_text())["results"]
+    assert (row["cell"]["strategy"], row["error"], row["calibration"]) == (words[-1], None, None)
 
 
 def test_no_held_out_windows_no_perplexity(folder, tmp_path):

@@ -159,6 +159,7 @@ def _asked(
     strategies: list[str] | None, tasks: list[str] | None, lengths: str | None, baselines: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
     """Specs of strategies and tasks, and lengths. Raises Unusable."""
+    from ..contenders import baselines as stock_caches
     from ..errors import Unusable
     from ..sweep.job import DEFAULT_TASKS, read_grid
 
@@ -184,21 +185,8 @@ def _asked(
             specs.append(spec)
     if not specs:
         raise Unusable("no strategies were given", "--strategies")
-    return _with_baselines(specs, baselines), tuple(questions) or DEFAULT_TASKS, tuple(sizes)
-
-
-def _with_baselines(specs: list[str], wanted: bool) -> tuple[str, ...]:
-    """`all` spelled out, and transformers' caches in every table but where they are not wanted."""
-    from ..contenders import baselines, installed
-    from ..errors import Unusable, message
-
-    found: list[str] = []
-    for spec in specs:
-        try:
-            found += [candidate.spec for candidate in installed()] if spec == "all" else [spec]
-        except ValueError as error:  # two plugins of one name
-            raise Unusable(message(error), "--strategies") from error
-    return tuple(dict.fromkeys([*found, *(candidate.spec for candidate in baselines() if wanted)]))
+    beside = [candidate.spec for candidate in stock_caches()] if baselines else []
+    return (*specs, *beside), tuple(questions) or DEFAULT_TASKS, tuple(sizes)
 
 
 @contextmanager

@@ -11,27 +11,21 @@ from .compare import Comparison, Difference, Pair, Ratio
 from .tables import figure
 
 HEADINGS = ("strategy", "figure", "A", "B", "B - A", "95 % interval", "B is")
+POINTS = " pp"
+BITS, MEBIBYTES, MILLISECONDS = (1, ""), (2**20, " MiB"), (1, " ms")
 STYLES = {"better": "green", "worse": "red", "no difference shown": "", "not tested": "dim"}
 WORDS = {
     "bits_per_element": "bits held",
-    "packed_bits_per_element": "bits, packed part",
+    "packed_bits_per_element": "packed bits",
     "device_bytes": "device bytes",
     "host_bytes": "host bytes",
 }
 
 
-def terminal_tables(comparison: Comparison) -> Iterator[tuple[str, Table]]:
-    """For rich, one per task and model, each with its heading."""
+def terminal_tables(comparison: Comparison) -> Iterator[tuple[str, list[tuple[str, Table]]]]:
+    """For rich: of each task and model its heading, and under it the strategies' names and tables."""
     for heading, pairs in _grouped(comparison.pairs):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column(HEADINGS[0], overflow="fold", min_width=16)
-        table.add_column(HEADINGS[1], min_width=8)
-        for name in HEADINGS[2:]:
-            table.add_column(name, justify="left" if name == HEADINGS[-1] else "right", overflow="fold")
-        for pair in pairs:
-            for line, style in _lines(pair):
-                table.add_row(*map(escape, line), style=style)
-        yield heading, table
+        yield heading, [(pair.name, _table(pair)) for pair in pairs]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -71,6 +65,17 @@ def notes(comparison: Comparison) -> list[tuple[str, list[str]]]:
     return [(title, lines) for title, lines in found if lines]
 
 
+def _table(pair: Pair) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(HEADINGS[1], no_wrap=True)
+    for name in HEADINGS[2:-1]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(HEADINGS[-1], min_width=10)
+    for line, style in _lines(pair):
+        table.add_row(*map(escape, line[1:]), style=style)
+    return table
+
+
 def _intervals(comparison: Comparison) -> list[str]:
     """Where they are from, and for which figures there is none."""
     counts: dict[str, list[str]] = {}
@@ -91,8 +96,10 @@ def _grouped(pairs: Iterable[Pair]) -> list[tuple[str, list[Pair]]]:
 def _lines(pair: Pair) -> Iterator[tuple[list[str], str]]:
     """Cells and style; the strategy stands in the first line alone."""
     lines = [([each.metric.label, *_difference(each)], STYLES[each.verdict]) for each in pair.differences]
-    lines += [([WORDS[each.name], *_ratio(each, "")], "") for each in pair.memory]
-    lines += [([each.name, *_ratio(each, " ms")], "") for each in pair.latency]
+    lines += [
+        ([WORDS[each.name], *_ratio(each, BITS if "bits" in each.name else MEBIBYTES)], "") for each in pair.memory
+    ]
+    lines += [([each.name, *_ratio(each, MILLISECONDS)], "") for each in pair.latency]
     if pair.failed:
         lines = [(["failed", "-", "-", "-", "-", "-"], "dim")]
     for number, (cells, style) in enumerate(lines):
@@ -102,17 +109,19 @@ def _lines(pair: Pair) -> Iterator[tuple[list[str], str]]:
 def _difference(each: Difference) -> list[str]:
     interval = "-"
     if each.low is not None and each.high is not None:
-        interval = f"{_signed(each.metric, each.low)} to {_signed(each.metric, each.high)}"
+        interval = f"{_signed(each.metric, each.low).removesuffix(POINTS)} to {_signed(each.metric, each.high)}"
     values = [figure(each.metric, value) for value in (each.a, each.b)]
     return [*values, _signed(each.metric, each.difference), interval, each.verdict]
 
 
 def _signed(metric: Metric, value: float) -> str:
-    return f"{100 * value:+.{metric.digits}f} points" if metric.percent else f"{value:+.3g}"
+    """Differences of shares in percentage points."""
+    return f"{100 * value:+.{metric.digits + 1}f}{POINTS}" if metric.percent else f"{value:+.2g}"
 
 
-def _ratio(each: Ratio, unit: str) -> list[str]:
-    values = [f"{value:,.0f}" if value >= 1000 else f"{value:.2f}{unit}" for value in (each.a, each.b)]
+def _ratio(each: Ratio, unit: tuple[float, str]) -> list[str]:
+    size, name = unit
+    values = [f"{value / size:.2f}{name}" for value in (each.a, each.b)]
     return [*values, "-" if each.ratio is None else f"{each.ratio:.3f}x", "", ""]
 
 

@@ -36,7 +36,7 @@ def page_of(run: Run) -> Page:
             for line in sheet.lines
         ),
         layers=tuple(_layers(run.results)),
-        maps=tuple(_maps(run.results)),
+        maps=tuple(_maps(run.results, {sheet.task: sheet.headline.name for sheet in sheets})),
     )
 
 
@@ -95,13 +95,16 @@ def _layers(results: Iterable[Result]) -> Iterable[LayerBits]:
             yield LayerBits(strategy=place[0], panel=place[1], layers=layers)
 
 
-def _maps(results: Iterable[Result]) -> Iterable[RetrievalMap]:
-    """Of tasks whose samples say at which depth of which length they hit; all lengths of one task are one map."""
+def _maps(results: Iterable[Result], headlines: dict[str, str]) -> Iterable[RetrievalMap]:
+    """Of tasks whose samples have a length, a depth and the figure that ranks; all lengths of one task are one map.
+
+    headlines: names of the figures that rank, by task.
+    """
     found: dict[tuple[str, str, str], dict[tuple[int, float], list[float]]] = {}
     first: dict[str, str] = {}
     for result in results:
         for sample in result.outcome.samples if result.outcome else ():
-            length, depth, hit = (sample.get(name) for name in ("length", "depth", "hit"))
+            length, depth, hit = (sample.get(name) for name in ("length", "depth", headlines[result.cell.task]))
             if isinstance(length, str | None) or isinstance(depth, str | None) or isinstance(hit, str | None):
                 continue
             task = first.setdefault(result.cell.task.partition(":")[0], result.cell.task)

@@ -14,6 +14,8 @@ PARETO = "*"
 SPEC_WIDTH, NARROWEST_SPEC = 44, 20
 FIGURE_WIDTH = 11
 SIZES = ("bits", "packed", "vs 16-bit")
+NARROW = 96
+SIZES = ("bits", "packed", "vs 16-bit")
 
 
 def terminal_tables(sheet: Sheet, width: int) -> list[Table]:
