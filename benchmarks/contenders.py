@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +31,10 @@ class Baseline(BaseModel):
         """An empty one."""
         raise NotImplementedError
 
+    def versions(self) -> dict[str, str]:
+        """Of the libraries it needs besides transformers."""
+        return {}
+
 
 class Exact(Baseline):
     """What every model uses by default."""
@@ -53,9 +58,8 @@ class Quantized(Baseline):
     def cache(self, model: Any, residual_length: int) -> Cache:
         """See `Baseline`; raises ImportError where the backend is not installed."""
         if not BACKENDS[self.backend]():
-            package = {"quanto": "optimum-quanto", "hqq": "hqq"}[self.backend]
             raise ImportError(
-                f"backend={self.backend} needs {package}, which is not installed; "
+                f"backend={self.backend} needs {PACKAGES[self.backend]}, which is not installed; "
                 f'pip install "cachequant[{self.backend}]"'
             )
         return QuantizedCache(
@@ -66,7 +70,12 @@ class Quantized(Baseline):
             residual_length=max(1, residual_length),
         )
 
+    def versions(self) -> dict[str, str]:
+        """See `Baseline`; nothing where it is not installed."""
+        return {self.backend: version(PACKAGES[self.backend])} if BACKENDS[self.backend]() else {}
 
+
+PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 BACKENDS: dict[str, Callable[[], bool]] = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available}
 BASELINES: dict[str, type[Baseline]] = {cls.name: cls for cls in (Exact, Quantized)}
 EXACT = Exact.name

@@ -23,8 +23,9 @@ REFERENCE, TWIN = "reference", "outlier twin"
 # Where a model names no context, it has no positions to run out of.
 UNLIMITED = 2**20
 
-# Weights beyond this are not read for the sake of naming them.
+# Weights beyond this are not read whole for the sake of naming them.
 HASHED_BYTES = 2**30
+SAMPLED_BYTES = 2**20
 
 
 class ModelCard(BaseModel):
@@ -40,7 +41,8 @@ class ModelCard(BaseModel):
     context: int
     dtype: str
     weights_sha256: str | None = None
-    """Of the files the model was loaded from; a twin has its model's."""
+    """Of the files the model was loaded from, beyond 1 GiB of their sizes and ends; a twin has its model's. Of a model
+    from the hub its commit."""
 
 
 class TextCard(BaseModel):
@@ -112,6 +114,7 @@ def open_panels(
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     card = TextCard(name=name, sha256=hashlib.sha256(content.encode()).hexdigest(), tokens=len(ids))
     weights = _weights_hash(reference.FOLDER if model is None else Path(model).expanduser())
+    weights = weights or getattr(loaded.config, "_commit_hash", None)
     learnable = CalibrationText(
         lambda: learned or read_text(None, "train", "--calibration-text"), tokenizer, calibration_samples
     )
@@ -225,9 +228,19 @@ def _card(panel: str, model: Any, context: int, weights: str | None) -> ModelCar
 
 def _weights_hash(folder: Path) -> str | None:
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files or sum(file.stat().st_size for file in files) > HASHED_BYTES:
+    if not files:
         return None
+    whole = sum(file.stat().st_size for file in files) <= HASHED_BYTES
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        if whole:
+            digest.update(file.read_bytes())
+            continue
+        # names, sizes and both ends tell models apart
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(SAMPLED_BYTES))
+            content.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(content.read())
     return digest.hexdigest()

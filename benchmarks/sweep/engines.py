@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from ..errors import Unusable, message
 from .cells import Result
 from .job import Job
@@ -47,7 +49,8 @@ def ray(bench: Workbench, pending: Sequence[Planned]) -> Iterator[Result]:
 
 
 def _distribute(cluster: Any, bench: Workbench, pending: Sequence[Planned]) -> Iterator[Result]:
-    gpu = bench.job.device.partition(":")[0] not in ("cpu", "auto")
+    device = bench.job.device.partition(":")[0]
+    gpu = torch.cuda.is_available() if device == "auto" else device != "cpu"
     resources = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_cpus": bench.job.threads or 1}
     task = cluster.remote(max_retries=1, **resources)(measure_by_key)
     job = bench.job.model_dump_json()

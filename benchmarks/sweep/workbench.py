@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ class Workbench:
             )
         self.environment = Environment.current(str(self.panels[0].model.device))
         self._calibrated_on = _calibrated_on(job, self.environment)
+        # the tokenizer, by what it makes of the text
+        self._tokens = hashlib.sha256(array("q", self.panels[0].ids).tobytes()).hexdigest()[:16]
         self.cells = self._plan(chosen, tasks)
         self._prepared: tuple[Any, dict[str, Any]] = (None, {})
 
@@ -148,6 +151,7 @@ class Workbench:
                 "code": code_digest(),
                 "plugins": source_digest(source, task),
                 "processes": str(parallel.world_size()),
+                "tokens": self._tokens,
             },
         )
         return Planned(cell, candidate, task, panel)
@@ -159,7 +163,7 @@ def _contents(candidate: Candidate) -> tuple[dict[str, Any], bool, Any]:
     try:
         source = candidate.build()
         if isinstance(source, Baseline):
-            return source.model_dump(mode="json"), False, source
+            return {**source.model_dump(mode="json"), "versions": source.versions()}, False, source
         learns = isinstance(source, CalibratedStrategy) and not source.calibrated
         describe = getattr(source, "describe", None)
         # the spec has the settings of those that say nothing; their repr may hold an address
