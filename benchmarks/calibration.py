@@ -15,6 +15,7 @@ from ..core import LayerSpec, PackedCache, detach
 from ..core.calibration import CalibratedStrategy, Calibration
 from ..core.calibration.artifact import view
 from ..core.hf.calibrate import Report, cut
+from ..strategies.preset import Preset
 
 SAMPLES = 8
 LONGEST_WINDOW = 2048
@@ -83,6 +84,13 @@ def _stretches(text: str, samples: int) -> str:
     return "\n\n".join(text[start : start + size] for start in starts)
 
 
+def uncalibrated(strategy: Any) -> bool:
+    """Whether it, or a strategy it consists of, has to learn from a text before it can be used."""
+    if isinstance(strategy, Preset):
+        return any(map(uncalibrated, strategy.children()))
+    return isinstance(strategy, CalibratedStrategy) and not strategy.calibrated
+
+
 class Calibrator:
     """Makes strategies ready for one model; those that read the same statistics share one calibration."""
 
@@ -94,8 +102,18 @@ class Calibrator:
 
     def ready(self, strategy: Any) -> tuple[Any, CalibrationCard | None]:
         """The strategy as it can be measured, and what it was calibrated on here: None if it needed nothing."""
-        if not isinstance(strategy, CalibratedStrategy) or strategy.calibrated:
+        if not uncalibrated(strategy):
             return strategy, None
+        if isinstance(strategy, Preset):
+            cards = []
+
+            def child_ready(child: Any) -> Any:
+                ready, card = self.ready(child)
+                cards.append(card)
+                return ready
+
+            ready = strategy.with_each(child_ready)
+            return ready, next(filter(None, cards))  # all children learn from the same text
         key = self._what_decides(strategy)
         if key not in self._found:
             self._found[key] = self._calibrate(strategy)

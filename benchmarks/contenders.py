@@ -12,9 +12,8 @@ from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_
 
 from .. import registry
 from ..core import PackedCache
-from ..core.calibration import CalibratedStrategy
 from ..registry import descriptions, specs
-from .calibration import CalibrationCard
+from .calibration import CalibrationCard, uncalibrated
 
 if TYPE_CHECKING:
     from .subjects import Panel
@@ -179,7 +178,7 @@ def needs_calibration(candidate: Candidate) -> bool:
         strategy = candidate.build()
     except Exception:
         return False  # told when the leaderboard comes to it
-    return isinstance(strategy, CalibratedStrategy) and not strategy.calibrated
+    return uncalibrated(strategy)
 
 
 def _baseline(spec: str) -> Baseline:

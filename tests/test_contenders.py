@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from cachequant import registry
 from cachequant.benchmarks import contenders, held
+from cachequant.benchmarks.calibration import CalibrationText, Calibrator
 from cachequant.benchmarks.contenders import BASELINES, Candidate, Contender, Exact, Quantized
 from cachequant.core import Format, LayerFormat, LayerSpec, PackedCache, Strategy, detach
 from cachequant.core.hf.tiny import tiny_model
@@ -24,6 +25,14 @@ class Fussy(Strategy):
     def formats(self, layer: LayerSpec) -> LayerFormat:
         side = Format.model_validate({"bits": self.bits})
         return LayerFormat(key=side, value=side)
+
+
+def by_words(text, **options):
+    """A tokenizer of texts that list their ids."""
+    return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+
+by_words.eos_token_id = None
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +201,15 @@ def test_a_cache_of_exact_tokens_alone_has_no_packed_bits(model):
     cache = filled(model, Contender("uniform", registry.parse("uniform"), model, 128).new_cache(), tokens=20)
     assert held.bits_by_layer(cache) == ()
     assert held.weigh(cache, model, 2)[1].packed_bits_per_element == 0
+
+
+def test_a_preset_of_strategies_that_learn_is_calibrated_like_them(model):
+    mixed = registry.parse('preset:default={"key":"kvquant:bits=3","value":"uniform:bits=2"}')
+    assert contenders.needs_calibration(contenders.Candidate("preset", lambda: mixed))
+    calibrator = Calibrator(model, CalibrationText(lambda: ("words", " ".join(["2 3 5 7 11 13"] * 800)), by_words, 2))
+    ready, card = calibrator.ready(mixed)
+    assert (card.text, card.windows) == ("words", 2)
+    assert all(getattr(child, "calibrated", True) for child in ready.children())
+    detach(model)
+    PackedCache(model, ready)
+    detach(model)

@@ -13,7 +13,7 @@ import torch
 
 from ... import registry
 from ...core import detach
-from ...core.calibration import CalibratedStrategy
+from ..calibration import uncalibrated
 from ..contenders import Baseline, Candidate, Contender, candidates, needs_calibration
 from ..environment import Environment
 from ..errors import Unusable, message
@@ -164,7 +164,7 @@ def _contents(candidate: Candidate) -> tuple[dict[str, Any], bool, Any]:
         source = candidate.build()
         if isinstance(source, Baseline):
             return {**source.model_dump(mode="json"), "versions": source.versions()}, False, source
-        learns = isinstance(source, CalibratedStrategy) and not source.calibrated
+        learns = uncalibrated(source)
         describe = getattr(source, "describe", None)
         # the spec has the settings of those that say nothing; their repr may hold an address
         contents = describe() if describe else {"name": source.name}

@@ -56,6 +56,8 @@ class Setting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     strategy: str
+    split: bool
+    """Whether keys and values have strategies or widths of their own; else one strategy serves both."""
     bits: float
     """Packed, by formula."""
     verified: Figures
@@ -85,8 +87,17 @@ class Allocation(BaseModel):
     @property
     def rival(self) -> Setting | None:
         """The best setting that treats all layers alike and keeps the budget, judged where it is verified."""
-        fitting = [each for each in self.settings if each.bits <= self.budget_bits * (1 + 1e-9)]
-        return min(fitting, key=lambda each: each.verified.kl, default=None)
+        return min(self._fitting, key=lambda each: each.verified.kl, default=None)
+
+    @property
+    def plain_rival(self) -> Setting | None:
+        """The best of those that are one strategy for keys and values."""
+        plain = [each for each in self._fitting if not each.split]
+        return min(plain, key=lambda each: each.verified.kl, default=None)
+
+    @property
+    def _fitting(self) -> list[Setting]:
+        return [each for each in self.settings if each.bits <= self.budget_bits * (1 + 1e-9)]
 
 
 def allocate(
@@ -287,6 +298,7 @@ def _settings(bench: Bench, menu: Menu, losses: Losses, limit: float, report: Re
         if key != value:
             both = _preset(default={"key": strategies[key], "value": strategies[value]})
         yield Setting(
+            split=key != value,
             strategy=key if key == value else registry.spec(_preset(default={"key": key, "value": value})),
             bits=8 * menu.cost(menu.everywhere(key, value)) / menu.elements,
             verified=bench.measure(both, "verifying"),

@@ -98,10 +98,12 @@ def write(record: Record, out: Path) -> None:
 
 
 _ABOUT = (
-    "Each budget is the bytes of the best plain `uniform` setting of that width. All figures are of text that nothing "
-    "was tuned on, streamed through the packed cache. *bits*: packed bits per cached number, metadata included, as "
-    "held; *held*: with the exact tail. Written by `python -m cachequant.benchmarks.tune.record`; `docs/tuning.md` "
-    "says how to read it."
+    "Each budget is the bytes of the best single `uniform` setting of that width for keys and values of all layers. "
+    "*Best split*: the best of all settings alike for all layers, those with other strategies or widths for keys than "
+    "for values among them, picked on the text they are compared on. All figures are of text that nothing was tuned "
+    "on, streamed through the packed cache; divergence in nats per token. *bits*: packed bits per cached number, "
+    "metadata included, as held; *held*: with the exact tail. Written by "
+    "`python -m cachequant.benchmarks.tune.record`; `docs/tuning.md` says how to read it."
 )
 
 

@@ -111,28 +111,33 @@ def markdown(sheet: Sheet) -> str:
 
 
 def comparison(studies: Sequence[Study]) -> Sheet:
-    """Presets beside the best setting alike for all layers, budget by budget."""
+    """Presets beside the best settings alike for all layers, budget by budget."""
     rows = []
     for study in studies:
         found = study.allocation
-        if found is None or found.rival is None:
+        if found is None or found.plain_rival is None or found.rival is None:
             continue
-        rival = found.rival
+        plain, kl = found.plain_rival, found.verified.kl
         rows.append(
             (
                 study.model.panel,
-                rival.strategy,
-                f"{rival.verified.bits:.3f}",
-                f"{rival.verified.kl:.4f}",
-                f"{rival.verified.top1:.1%}",
+                plain.strategy,
+                f"{plain.verified.bits:.3f}",
+                f"{plain.verified.kl:.4f}",
+                f"{found.rival.verified.kl:.4f}",
                 f"{found.verified.bits:.3f}",
-                f"{found.verified.kl:.4f}",
+                f"{kl:.4f}",
+                f"{kl / plain.verified.kl - 1:+.0%}",
+                f"{kl / found.rival.verified.kl - 1:+.0%}",
+                f"{plain.verified.top1:.1%}",
                 f"{found.verified.top1:.1%}",
-                f"{found.verified.kl / rival.verified.kl - 1:+.0%}",
             )
         )
-    columns = ("model", "best alike", "bits", "KL", "top-1", "preset bits", "KL", "top-1", "KL change")
-    return Sheet("Presets beside the best setting alike for all layers", columns, rows)
+    columns = (
+        *("model", "best single setting", "bits", "KL", "KL, best split", "preset, bits", "KL"),
+        *("to single", "to split", "top-1, single", "preset"),
+    )
+    return Sheet("Presets beside the best settings alike for all layers", columns, rows)
 
 
 def _figures(figures: Figures) -> tuple[str, ...]:
