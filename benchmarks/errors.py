@@ -16,7 +16,8 @@ def message(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         # pydantic's own text spreads over lines and ends in an address
         return "; ".join(
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']}" if each["loc"] else each["msg"]
+            f"{'.'.join(map(str, each['loc']))}: {reason}" if each["loc"] else reason
             for each in error.errors()
+            for reason in [each["msg"].removeprefix("Value error, ")]
         )
     return " ".join(str(error).split())[:500] or type(error).__name__

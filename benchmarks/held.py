@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import QuantizedLayer
 
 from ..core import MemoryReport, PackedCache
 from ..core.hf.layer import PackedLayer
@@ -75,8 +75,8 @@ def summarize(report: MemoryReport) -> Memory:
 
 def packed_bits(report: MemoryReport) -> float:
     """Device bits per number of the packed part alone; 0 where nothing is packed."""
-    exact_tokens = sum(report.rows.get(name, 0) for name in ("tail", "sinks"))
-    share = 1 - exact_tokens / report.exact_bytes if report.exact_bytes else 0.0
+    exact = sum(report.rows.get(name, 0) for name in ("tail", "sinks", "host layers"))
+    share = 1 - exact / report.exact_bytes if report.exact_bytes else 0.0
     packed = sum(size for name, size in report.rows.items() if name not in UNPACKED_ROWS)
     return 8 * packed / (report.elements * share) if packed and share > 0 else 0.0
 
@@ -128,16 +128,21 @@ def plain_tensors(value: Any) -> list[Tensor]:
 
 
 def _stock_report(cache: Cache, model: Any, batch: int) -> MemoryReport:
-    """A cache of transformers says only how many tokens it holds; what they stand for is the model's to say."""
+    """A cache of transformers says only how many tokens it has seen; what it holds of them is counted."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = int(cache.get_seq_length())
-    layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
-    elements = 2 * batch * heads * size * sum(int(layer.get_seq_length()) for layer in layers)
+    elements = 0
+    for layer in cache.layers:
+        if isinstance(layer, QuantizedLayer):
+            # packed tensors do not show what they stand for; no layer of such a cache slides
+            elements += 2 * batch * heads * size * int(layer.get_seq_length())
+        else:
+            states = plain_tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
+            elements += sum(tensor.numel() for tensor in states)
     held = held_bytes(cache)
     return MemoryReport(
-        tokens=tokens,
+        tokens=int(cache.get_seq_length()),
         elements=elements,
         exact_bytes=elements * model.dtype.itemsize,
         device_bytes=held,

@@ -1,6 +1,7 @@
 """What a leaderboard measures: models, their outlier twins and the text they read."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..core.hf.calibrate import cut
+from ..core.hf.identity import identify
 from . import reference
 from .calibration import SAMPLES, CalibrationText, Calibrator
 from .corpus import stdlib_text
@@ -23,6 +25,7 @@ REFERENCE, TWIN = "reference", "outlier twin"
 # Where a model names no context, it has no positions to run out of.
 UNLIMITED = 2**20
 
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 # Weights beyond this are not read whole for the sake of naming them.
 HASHED_BYTES = 2**30
 SAMPLED_BYTES = 2**20
@@ -43,6 +46,8 @@ class ModelCard(BaseModel):
     weights_sha256: str | None = None
     """Of the files the model was loaded from, beyond 1 GiB of their sizes and ends; a twin has its model's. Of a model
     from the hub its commit."""
+    identity_sha256: str | None = None
+    """Of the configuration, and of marks of all attention weights."""
 
 
 class TextCard(BaseModel):
@@ -154,6 +159,7 @@ def load_model(name: str | None, dtype: torch.dtype, device: str) -> tuple[str, 
     Raises Unusable.
     """
     logging.disable_progress_bar()
+    _require_device(device)
     try:
         if name is None:
             if parallel.world_size() > 1:
@@ -199,6 +205,16 @@ def _twin(name: str | None, model: Any, dtype: torch.dtype, device: str) -> Any:
     return reference.outlier_twin(model) if name is not None else reference.load(dtype, twin=True)[0].to(_one(device))
 
 
+def _require_device(device: str) -> None:
+    """Raises Unusable for a device that is not here, before a model is blamed for it."""
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Unusable(f"cannot compute on {device!r}: {message(error)}; use cpu, cuda or auto", "--device") from error
+
+
 def _one(device: str) -> str:
     """`auto` where a process takes one device."""
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,8 +224,10 @@ def _source(name: str) -> tuple[str, str | Path]:
     """What to call the model, and what to load."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder.resolve().name, folder
-    if name.count("/") != 1:
+        panel = folder.resolve().name
+        # not the name of another panel
+        return f"{panel} (model)" if panel == TWIN else panel, folder
+    if name.count("/") != 1 or name[0] in "/.~":
         raise FileNotFoundError(f"there is no folder {name!r}; give a model's folder or its hub name, owner/model")
     return name, name
 
@@ -223,11 +241,12 @@ def _card(panel: str, model: Any, context: int, weights: str | None) -> ModelCar
         context=context,
         dtype=str(model.dtype).removeprefix("torch."),
         weights_sha256=weights,
+        identity_sha256=hashlib.sha256(json.dumps(identify(model), sort_keys=True).encode()).hexdigest(),
     )
 
 
 def _weights_hash(folder: Path) -> str | None:
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(path for kind in WEIGHTS for path in folder.glob(kind)) if folder.is_dir() else []
     if not files:
         return None
     whole = sum(file.stat().st_size for file in files) <= HASHED_BYTES

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -22,14 +23,16 @@ from cachequant.benchmarks.cli import app
 from cachequant.benchmarks.contenders import Candidate
 from cachequant.benchmarks.corpus import Corpus
 from cachequant.benchmarks.environment import Environment
+from cachequant.benchmarks.held import Memory
 from cachequant.benchmarks.leaderboard import Leaderboard, Row, Subject
 from cachequant.benchmarks.report import board as report
 from cachequant.benchmarks.report.chart import short_label
-from cachequant.benchmarks.report.sheet import grouped, of_leaderboard
+from cachequant.benchmarks.report.sheet import Line, Sheet, grouped, marked, of_leaderboard
 from cachequant.benchmarks.report.tables import terminal_tables
 from cachequant.benchmarks.streaming import ExactRun, Protocol, cut_windows, stream
 from cachequant.benchmarks.subjects import ModelCard, Panel, TextCard
 from cachequant.benchmarks.sweep.workbench import Workbench
+from cachequant.benchmarks.tasks.base import Metric
 from cachequant.core import Format, LayerFormat, LayerSpec, MemoryReport, PackedCache, SimulatedCache, Strategy, detach
 from cachequant.core.calibration import CalibratedStrategy
 
@@ -640,3 +643,65 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, arguments, comp
     flat = " ".join(result.output.replace("│", " ").split())
     assert complaint in flat
     assert "Traceback" not in flat
+
+
+def test_a_changed_configuration_and_other_weight_files_are_another_model(folder, tmp_path):
+    def card(path):
+        panels, _ = subjects.open_panels(str(path), folder / "text.txt", twin=False)
+        return panels[0].card
+
+    shutil.copytree(folder, tmp_path / "same")
+    first = card(tmp_path / "same")
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": 100.0}
+    (tmp_path / "same" / "config.json").write_text(json.dumps(config))
+    changed = card(tmp_path / "same")
+    assert changed.weights_sha256 == first.weights_sha256
+    assert changed.identity_sha256 != first.identity_sha256
+
+
+def test_a_model_called_like_its_twin_gets_a_panel_of_its_own(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / subjects.TWIN)
+    panels, _ = subjects.open_panels(str(tmp_path / subjects.TWIN), folder / "text.txt")
+    assert len({panel.card.panel for panel in panels}) == 2
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(folder, tmp_path, device):
+    result = invoke("bench", "--model", folder, "--text", folder / "text.txt", "--out", tmp_path, "--device", device)
+    assert result.exit_code == 2
+    assert "Invalid value for --device" in result.output
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_of_many_metrics_are_divided_rather_than_cropped(width):
+    metrics = tuple(Metric(name=f"m{i}", label=f"figure number {i}", better="higher") for i in range(8))
+    line = Line("uniform:bits=2,key_scale=channel", "tiny", None, {metric.name: 0.5 for metric in metrics})
+    console = Console(width=width, record=True, file=io.StringIO())
+    for table in terminal_tables(Sheet("many", ("tiny",), metrics, (line,)), width):
+        console.print(table)
+    text = console.export_text()
+    assert all(f"figure number {i}" in text for i in range(8))
+    assert "…" not in text
+    assert "uniform" in text
+
+
+def test_what_was_not_read_ranks_nothing():
+    memory = Memory(
+        tokens=1,
+        device_bytes=1,
+        host_bytes=0,
+        exact_bytes=1,
+        bits_per_element=2,
+        packed_bits_per_element=2,
+        ratio=1,
+    )
+    metrics = (
+        Metric(name="acc", label="accuracy", better="higher"),
+        Metric(name="packed_share", label="", better="higher"),
+    )
+    lines = [
+        Line("unread", "p", memory, {"acc": 1.0, "packed_share": 0.0}),
+        Line("read", "p", memory, {"acc": 0.5, "packed_share": 0.4}),
+    ]
+    assert [line.pareto for line in marked(lines, metrics[0])] == [False, True]

@@ -18,7 +18,7 @@ from cachequant.benchmarks.environment import Environment
 from cachequant.benchmarks.held import Memory
 from cachequant.benchmarks.report.compare import Incomparable, compare
 from cachequant.benchmarks.report.compare_tables import markdown
-from cachequant.benchmarks.report.intervals import _student, _tail, paired, unpaired
+from cachequant.benchmarks.report.intervals import _student, _tail, jackknifed, paired, unpaired
 from cachequant.benchmarks.report.run import Run
 from cachequant.benchmarks.subjects import ModelCard, TextCard
 from cachequant.benchmarks.sweep.cells import Cell, Result
@@ -149,16 +149,27 @@ def test_tails_widen_for_few_samples_and_tend_to_the_plain_ones():
     assert _tail(100_000) == pytest.approx(0.025, rel=1e-2)
 
 
-@pytest.mark.parametrize(("samples", "least"), [(6, 0.90), (24, 0.92)])
-def test_intervals_hold_the_truth_as_often_as_they_say(samples, least):
+@pytest.mark.parametrize(
+    ("interval", "samples", "least"),
+    [(jackknifed, 3, 0.9), (jackknifed, 4, 0.9), (paired, 6, 0.9), (paired, 24, 0.92)],
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(interval, samples, least):
     generator = np.random.default_rng(0)
     trials, truth, held = 200, 0.3, 0
     for _ in range(trials):
         a = generator.normal(size=samples) * 3
         b = a + truth + generator.normal(size=samples)
-        low, high = paired(a, b, lambda mean: mean)
+        low, high = interval(a, b, lambda mean: mean)
         held += low <= truth <= high
     assert least <= held / trials <= 0.99
+
+
+def test_few_samples_of_a_perplexity_are_compared_through_its_exponential():
+    a = np.array([2.0, 2.5, 3.0, 2.2])
+    low, high = jackknifed(a, a + 0.1, np.exp)
+    assert low < math.exp(a.mean() + 0.1) - math.exp(a.mean()) < high
+    # where the difference is the same everywhere, means alone decide
+    assert jackknifed(a, a + 0.1, lambda mean: mean) == (pytest.approx(0.1), pytest.approx(0.1))
 
 
 def test_pairing_sees_what_unpaired_figures_hide():
@@ -168,7 +179,7 @@ def test_pairing_sees_what_unpaired_figures_hide():
     low, high = paired(a, b, lambda mean: mean)
     assert 0.09 < low < 0.1 < high < 0.11
     errors = [each.std(ddof=1) / math.sqrt(50) for each in (a, b)]
-    low, high = unpaired(0.1, *errors)
+    low, high = unpaired(0.1, *errors, samples=50)
     assert low < -3 < 3 < high
 
 
@@ -249,18 +260,19 @@ def test_a_figure_that_is_no_mean_of_its_samples_is_not_tested(difference):
 def test_other_questions_are_compared_by_standard_errors(difference, changes, reason):
     found = difference(outcome_of(), outcome_of(0.05), **changes)
     kl = found["kl_mean"]
-    width = 1.959964 * math.hypot(0.002, 0.002)
+    width = _student(0.975, len(outcome_of().samples) - 1) * math.hypot(0.002, 0.002)
     assert (kl.low, kl.high) == (pytest.approx(kl.difference - width), pytest.approx(kl.difference + width))
     assert kl.how == f"unpaired, from standard errors ({reason})"
     assert kl.verdict == "worse"
     assert (found["perplexity"].verdict, found["perplexity"].how) == ("not tested", reason)
 
 
-def test_too_few_samples_are_not_paired(difference):
-    found = difference(outcome_of(windows=5), outcome_of(0.05, windows=5))
-    assert found["perplexity"].verdict == "not tested"
-    assert found["perplexity"].how == "5 samples, 6 are needed to pair"
-    assert found["kl_mean"].how.startswith("unpaired, from standard errors (5 samples")
+def test_few_samples_are_paired_by_students_t_and_one_not_at_all(difference):
+    found = difference(outcome_of(windows=4), outcome_of(0.05, windows=4))
+    assert found["perplexity"].how == found["kl_mean"].how == "paired, Student's t over 4 samples"
+    assert found["kl_mean"].verdict == "worse"
+    alone = difference(outcome_of(windows=1), outcome_of(0.05, windows=1))
+    assert (alone["perplexity"].verdict, alone["perplexity"].how) == ("not tested", "one sample")
 
 
 def test_runs_with_other_numbers_of_samples_are_not_paired(difference):

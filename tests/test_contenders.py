@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from cachequant import registry
 from cachequant.benchmarks import contenders, held
@@ -213,3 +213,29 @@ def test_a_preset_of_strategies_that_learn_is_calibrated_like_them(model):
     detach(model)
     PackedCache(model, ready)
     detach(model)
+
+
+def test_what_slides_out_of_a_stock_cache_is_not_counted_as_held():
+    config = MistralConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=32,
+    )
+    torch.manual_seed(0)
+    sliding = MistralForCausalLM(config).eval()
+    cache = filled(sliding, filled(sliding, DynamicCache(config=config)), tokens=1)
+    report, memory = held.weigh(cache, sliding, 2)
+    # a window less the token to come, in the storage of a whole one
+    assert report.elements == 2 * 2 * 2 * 2 * 16 * 31
+    assert memory.bits_per_element == pytest.approx(32 * 32 / 31, rel=1e-3)
+
+
+def test_layers_of_the_host_do_not_dilute_the_packed_part(model):
+    cache = filled(model, PackedCache(model, registry.parse("none"), residual_length=0, skip_layers=(0,)), 256)
+    _, memory = held.weigh(cache, model, 2)
+    assert memory.packed_bits_per_element == pytest.approx(32)

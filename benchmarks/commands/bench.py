@@ -227,7 +227,8 @@ def _line(result: "Result", kept: bool) -> str:
     if result.outcome is None:
         return f"[red]failed[/] {where}  {escape(result.error or '')}"
     (metrics,) = metrics_of([result]).values()
-    figures = [f"{metric.label} {figure(metric, result.outcome.metrics.get(metric.name))}" for metric in metrics[:2]]
+    known = [metric for metric in metrics if metric.name in result.outcome.metrics][:2]
+    figures = [f"{metric.label} {figure(metric, result.outcome.metrics[metric.name])}" for metric in known]
     memory = result.outcome.memory
     bits = f"{memory.bits_per_element:.2f} bits, " if memory else ""
     when = "[dim]kept[/]" if kept else f"[dim]{result.seconds:.1f} s[/]"

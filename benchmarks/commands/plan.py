@@ -76,8 +76,7 @@ def plan(
     from rich.console import Console
     from rich.markup import escape
 
-    from ..errors import Unusable
-    from ..leaderboard import message
+    from ..errors import Unusable, message
     from ..plan import tables
     from ..plan.formula import Setting
     from ..plan.planning import Budget, make_plan
@@ -149,7 +148,7 @@ def _indices(text: str) -> tuple[int, ...]:
 def _strategies(specs: list[str] | None) -> "list[CacheQuantizer]":
     """The strategies of specs, of all variants installed, or of the default."""
     from ... import registry
-    from ..leaderboard import message
+    from ..errors import message
     from ..plan.planning import DEFAULT_STRATEGIES
 
     texts = [spec.strip() for text in specs or () for spec in text.split(";") if spec.strip()]

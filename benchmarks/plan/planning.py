@@ -7,8 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from ... import registry
 from ...core import AdaptiveStrategy, CacheQuantizer, LayerSpec, MixedFormat
 from ...kernels.format import row_bits
-from ..errors import Unusable
-from ..leaderboard import message
+from ..errors import Unusable, message
 from .formula import CacheFormula, Setting, device_bytes, formula, stock_formula
 from .layers import HOST_KINDS
 from .mixes import Mix

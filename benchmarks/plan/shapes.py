@@ -19,8 +19,7 @@ from transformers.utils import logging
 from ...core.hf.attach import attention_modules
 from ...core.memory import tensors_in
 from .. import reference
-from ..errors import Unusable
-from ..leaderboard import message
+from ..errors import Unusable, message
 
 LLAMA: Mapping[str, Any] = {"model_type": "llama", "vocab_size": 32000, "dtype": "float16"}
 LLAMA_3: Mapping[str, Any] = {

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from ..sweep.cells import Result
 from ..sweep.store import Store
 from ..tasks.base import Metric
-from .intervals import FEWEST_SAMPLES, paired, unpaired
+from .intervals import FEWEST_SAMPLES, jackknifed, paired, unpaired
 from .run import NAME, Run, metrics_of
 
 # Smaller differences, relative to the figures or to 1, are rounding.
@@ -226,8 +226,11 @@ def _interval(name: str, a: Result, b: Result) -> tuple[float | None, float | No
         samples = [_column(each, column, function, name) for each in (a, b)]
         if samples[0] is None or samples[1] is None:
             reason = "no mean over samples"
+        elif len(samples[0]) < 2:
+            reason = "one sample"
         elif len(samples[0]) < FEWEST_SAMPLES:
-            reason = f"{len(samples[0])} samples, {FEWEST_SAMPLES} are needed to pair"
+            low, high = jackknifed(samples[0], samples[1], function)
+            return low, high, f"paired, Student's t over {len(samples[0])} samples"
         else:
             low, high = paired(samples[0], samples[1], function)
             return low, high, f"paired bootstrap over {len(samples[0])} samples"
@@ -235,7 +238,8 @@ def _interval(name: str, a: Result, b: Result) -> tuple[float | None, float | No
     if errors[0] is None or errors[1] is None:
         return None, None, reason
     difference = b.outcome.metrics[name] - a.outcome.metrics[name]
-    return *unpaired(difference, errors[0], errors[1]), f"unpaired, from standard errors ({reason})"
+    fewest = min(len(each.outcome.samples) for each in (a, b) if each.outcome)
+    return *unpaired(difference, errors[0], errors[1], fewest), f"unpaired, from standard errors ({reason})"
 
 
 def _unpaired(a: Result, b: Result) -> str | None:

@@ -12,8 +12,10 @@ CONFIDENCE = 0.95
 RESAMPLES, PARTS = 10_000, 10
 SEED = 0
 
-# Fewer samples that all agree do so by chance more than once in twenty times.
+# Fewer samples that all agree do so by chance more than once in twenty times: they are not drawn from.
 FEWEST_SAMPLES = 6
+# From here on Student's t is the normal distribution.
+MANY = 200
 
 
 def paired(a: np.ndarray, b: np.ndarray, function: Callable[[Any], Any]) -> tuple[float, float]:
@@ -31,9 +33,32 @@ def paired(a: np.ndarray, b: np.ndarray, function: Callable[[Any], Any]) -> tupl
     return float(low), float(high)
 
 
-def unpaired(difference: float, error_a: float, error_b: float) -> tuple[float, float]:
-    """Ends of the interval of a difference of two figures with independent standard errors."""
-    width = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.hypot(error_a, error_b)
+def jackknifed(a: np.ndarray, b: np.ndarray, function: Callable[[Any], Any]) -> tuple[float, float]:
+    """The same for samples too few to draw from: Student's interval of the differences, by leaving out each once.
+
+    Raises ValueError for less than two samples.
+    """
+    count = len(a)
+    if count < 2:
+        raise ValueError("one sample says nothing of how much others differ")
+
+    def difference(kept: Any) -> float:
+        return float(function(b[kept].mean()) - function(a[kept].mean()))
+
+    whole = difference(np.arange(count))
+    pseudo = [count * whole - (count - 1) * difference(np.arange(count) != i) for i in range(count)]
+    width = _student((1 + CONFIDENCE) / 2, count - 1) * float(np.std(pseudo, ddof=1)) / math.sqrt(count)
+    return whole - width, whole + width
+
+
+def unpaired(difference: float, error_a: float, error_b: float, samples: int) -> tuple[float, float]:
+    """Ends of the interval of a difference of two figures with independent standard errors.
+
+    samples: of the figure that has fewer; few make errors unsure themselves.
+    """
+    freedom = max(1, samples - 1)
+    quantile = _student((1 + CONFIDENCE) / 2, freedom) if freedom < MANY else NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    width = quantile * math.hypot(error_a, error_b)
     return difference - width, difference + width
 
 

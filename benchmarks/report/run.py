@@ -16,6 +16,7 @@ from .sheet import Sheet, of_results
 from .tables import failures, markdown_table
 
 NAME = "leaderboard"
+SHARE = "packed_share"
 
 
 class Run(BaseModel):
@@ -46,9 +47,14 @@ def metrics_of(results: Iterable[Result]) -> dict[str, tuple[Metric, ...]]:
         name = result.cell.task.partition(":")[0]
         if name not in found:
             found[name] = {metric.name: metric for metric in _declared(name)}
+        directions = result.outcome.directions if result.outcome else {}
         for other in result.outcome.metrics if result.outcome else ():
-            found[name].setdefault(other, Metric(name=other, label=other, better="higher"))
-    return {name: tuple(metrics.values()) for name, metrics in found.items()}
+            found[name].setdefault(other, Metric(name=other, label=other, better=directions.get(other, "higher")))
+    # how much was read packed qualifies the others, and ranks nothing
+    return {
+        name: tuple(sorted(metrics.values(), key=lambda metric: metric.name == SHARE))
+        for name, metrics in found.items()
+    }
 
 
 def conditions(run: Run) -> list[str]:

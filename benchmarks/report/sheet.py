@@ -67,7 +67,7 @@ def of_leaderboard(board: Leaderboard) -> Sheet:
         for row in board.rows
     ]
     panels = tuple(card.panel for card in board.models)
-    return Sheet("perplexity", panels, Perplexity.metrics, _marked(lines, Perplexity.metrics[0]))
+    return Sheet("perplexity", panels, Perplexity.metrics, marked(lines, Perplexity.metrics[0]))
 
 
 def of_results(results: Iterable[Result], metrics: dict[str, tuple[Metric, ...]]) -> list[Sheet]:
@@ -102,22 +102,28 @@ def _sheet(task: str, results: Sequence[Result], metrics: tuple[Metric, ...]) ->
         )
     panels = tuple(dict.fromkeys(line.panel for line in lines))
     known = tuple(metric for metric in metrics if any(metric.name in line.metrics for line in lines)) or metrics
-    return Sheet(task, panels, known, _marked(lines, known[0]) if known else tuple(lines))
+    return Sheet(task, panels, known, marked(lines, known[0]) if known else tuple(lines))
 
 
-def _marked(lines: list[Line], metric: Metric) -> tuple[Line, ...]:
-    marked = list(lines)
+def marked(lines: list[Line], metric: Metric) -> tuple[Line, ...]:
+    """The lines with `pareto` set panel by panel, on device bits and `metric`."""
+    found = list(lines)
     sign = 1 if metric.better == "lower" else -1
     for panel in {line.panel for line in lines}:
         places = [
             (place, (line.memory.bits_per_element, sign * line.metrics[metric.name]))
             for place, line in enumerate(lines)
-            if line.panel == panel and line.memory and metric.name in line.metrics
+            if line.panel == panel and line.memory and metric.name in line.metrics and _was_read(line)
         ]
         front = pareto_front([point for _, point in places])
         for (place, _), optimal in zip(places, front, strict=True):
-            marked[place] = replace(marked[place], pareto=optimal)
-    return tuple(marked)
+            found[place] = replace(found[place], pareto=optimal)
+    return tuple(found)
+
+
+def _was_read(line: Line) -> bool:
+    """Whether what a strategy packed had anything to do with its figures, as far as the task says."""
+    return line.baseline or line.metrics.get("packed_share", 1.0) > 0
 
 
 def _bits(lines: Iterable[Line]) -> float:

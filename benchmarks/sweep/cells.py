@@ -27,12 +27,16 @@ MEASURING = (
     "benchmarks/tasks/*.py",
     "benchmarks/calibration.py",
     "benchmarks/contenders.py",
+    "benchmarks/corpus.py",
     "benchmarks/held.py",
     "benchmarks/lm_eval/*.py",
     "benchmarks/metrics.py",
+    "benchmarks/passkey.py",
     "benchmarks/reference.py",
+    "benchmarks/speed.py",
     "benchmarks/streaming.py",
     "benchmarks/subjects.py",
+    "benchmarks/sweep/parallel.py",
     "benchmarks/sweep/workbench.py",
 )
 

@@ -53,7 +53,8 @@ def _distribute(cluster: Any, bench: Workbench, pending: Sequence[Planned]) -> I
     gpu = torch.cuda.is_available() if device == "auto" else device != "cpu"
     resources = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_cpus": bench.job.threads or 1}
     task = cluster.remote(max_retries=1, **resources)(measure_by_key)
-    job = bench.job.model_dump_json()
+    # a worker sees one GPU, its own
+    job = bench.job.model_copy(update={"device": device}).model_dump_json()
     here = os.getcwd()
     waiting = {task.remote(job, planned.cell.key, here): planned for planned in pending}
     try:

@@ -69,7 +69,7 @@ def parse_tasks(given: Iterable[str], lengths: Sequence[int]) -> list[Any]:
     found = []
     for spec in given:
         task = registry.tasks.parse(spec)
-        if lengths and getattr(task, "length", 0) is None:
+        if lengths and getattr(task, "length", 0) is None and not getattr(task, "fixes_length", False):
             # made anew, so that the field's bounds hold
             found += [type(task)(**{**dict(task), "length": length}) for length in lengths]
         else:

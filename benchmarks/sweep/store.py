@@ -121,6 +121,7 @@ def read(path: Path) -> Result:
             memory = json.loads((path / "memory.json").read_text(encoding="utf-8"))
             found["outcome"] = {
                 "metrics": metrics["metrics"],
+                "directions": metrics["directions"],
                 "errors": metrics["standard_errors"],
                 "samples": _read_samples(path / "predictions.csv", metrics["samples"]),
                 **memory,
@@ -142,6 +143,7 @@ def _write(result: Result, folder: Path) -> None:
         "error": result.error,
         "seconds": result.seconds,
         "metrics": outcome.metrics if outcome else {},
+        "directions": outcome.directions if outcome else {},
         "standard_errors": outcome.errors if outcome else {},
         "samples": _layout(outcome.samples) if outcome else {},
     }

@@ -76,6 +76,13 @@ class Workbench:
 
     def measure(self, planned: Planned) -> Result:
         """One cell. Whatever a strategy or task raises is its result."""
+        result = self._measure(planned)
+        # processes that share a model have to go on together
+        if parallel.world_size() > 1 and parallel.total(result.error is not None) and result.error is None:
+            return result.model_copy(update={"outcome": None, "error": "another process failed at this cell"})
+        return result
+
+    def _measure(self, planned: Planned) -> Result:
         result = Result(cell=planned.cell, environment=self.environment)
         panel = planned.panel
         start = time.perf_counter()

@@ -35,6 +35,8 @@ class Outcome(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metrics: dict[str, float]
+    directions: dict[str, Literal["higher", "lower"]] = {}
+    """Which way those metrics are better that the task does not declare."""
     errors: dict[str, float] = {}
     """Standard errors of those metrics that are means over `samples`."""
     samples: tuple[dict[str, float | str | None], ...] = ()
