@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness read the packed cache: exact, it changes nothing; broken, it spoils every score."""
 
+import copy
 import json
 import random
 import sys
@@ -22,13 +23,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from cachequant import registry
-from cachequant.benchmarks import passkey, reference
+from cachequant.benchmarks import contenders, passkey, reference, subjects
 from cachequant.benchmarks.lm_eval import __main__ as command
-from cachequant.benchmarks.lm_eval import batches
+from cachequant.benchmarks.lm_eval import batches, evaluation
 from cachequant.benchmarks.lm_eval.cached_model import PROTOCOLS
-from cachequant.benchmarks.lm_eval.evaluation import evaluate
+from cachequant.benchmarks.lm_eval.evaluation import Score, evaluate
 from cachequant.benchmarks.lm_eval.local_tasks import local_task
 from cachequant.benchmarks.lm_eval.model import CacheQuantLM
+from cachequant.benchmarks.tasks.lm_eval import leading_lines, metrics_by_name
 from cachequant.core import Format, LayerFormat, PackedCache, Strategy, detach
 from cachequant.core.hf.attach import is_attached
 from cachequant.registry.hookspecs import hookimpl
@@ -417,6 +419,29 @@ def test_arguments_that_do_not_fit_are_refused(fast, arguments, said):
         CacheQuantLM(fast[0], tokenizer=fast[1], **arguments)
 
 
+def test_a_tokenizer_without_a_token_to_begin_with_is_refused_untouched(fast):
+    tokenizer = without(fast[1], bos_token=None, eos_token=None, pad_token=None, unk_token=None)
+    before = len(tokenizer)
+    with pytest.raises(ValueError, match=r"set tokenizer\.bos_token or tokenizer\.eos_token to a token"):
+        CacheQuantLM(fast[0], UNIFORM, tokenizer=tokenizer)
+    assert len(tokenizer) == before
+    CacheQuantLM(fast[0], UNIFORM, tokenizer=tokenizer, prefix_token_id=0)
+
+
+def test_generation_without_a_token_to_end_at_is_refused(fast, prompts):
+    model = CacheQuantLM(fast[0], UNIFORM, tokenizer=without(fast[1], bos_token="a", eos_token=None))
+    with pytest.raises(ValueError, match="has no eos_token, at which generated text ends"):
+        model.generate_until(questions(prompts), disable_tqdm=True)
+
+
+def without(tokenizer, **ends):
+    """A copy with other special tokens."""
+    copied = copy.deepcopy(tokenizer)
+    for name, token in ends.items():
+        setattr(copied, name, token)
+    return copied
+
+
 def test_continuation_longer_than_the_model_is_refused(fast):
     with pytest.raises(ValueError, match="continuation of 11 tokens does not fit into the model's 10"):
         lm(fast, max_length=10)._loglikelihood_tokens([(None, [5], list(range(11)))], disable_tqdm=True)
@@ -435,6 +460,61 @@ def test_missing_harness_is_named_with_its_extra(fast, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(ImportError, match=r'pip install "cachequant\[lm-eval\]"'):
         evaluate(*fast, None, ["piqa"])
+
+
+# --- as a task of leaderboards
+
+
+def score(metric, task="gsm8k", higher=True):
+    return Score(task=task, metric=metric, value=0.5, stderr=None, higher_is_better=higher, samples=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["exact_match,flexible-extract", "exact_match,strict-match"], ["exact_match,flexible-extract", "exact_match"]),
+        (["exact_match,get-answer", "acc"], ["exact_match", "acc"]),
+        (["exact_match,a", "exact_match,b"], ["exact_match,a", "exact_match,b"]),
+        (["exact_match,strict-match", "exact_match"], ["exact_match,strict-match", "exact_match"]),
+    ],
+)
+def test_a_filter_is_left_out_where_no_other_is_as_strict(given, named):
+    found = metrics_by_name([score(metric) for metric in given])
+    assert {name: each.metric for name, each in found.items()} == dict(zip(named, given, strict=True))
+
+
+def test_metrics_of_several_tasks_keep_their_names():
+    assert list(metrics_by_name([score("acc", "a"), score("acc", "b")])) == ["a acc", "b acc"]
+
+
+def test_of_several_filters_the_strict_one_has_the_lines(fast, tmp_path):
+    task = local_task(written(tmp_path / "sums.jsonl", [{"context": "1 + 1 =", "answer": 2}] * 2))
+    task["filter_list"] = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]}
+        for name, pattern in (("flexible-extract", "(.)"), ("strict-match", "=(.)"))
+    ]
+    lines = evaluate(*fast, None, [task]).predictions
+    assert [line["filter"] for line in lines] == ["flexible-extract"] * 2 + ["strict-match"] * 2
+    assert leading_lines(lines) == lines[2:]
+    assert leading_lines(lines[:2]) == lines[:2]
+
+
+def test_metrics_that_are_not_declared_say_which_way_is_better_and_nothing_is_warned_of(tmp_path, monkeypatch):
+    panel = subjects.open_panels(twin=False)[0][0]
+    rows = [{"context": "import numpy as", "continuation": " np"}, {"context": "def f(", "continuation": "x"}]
+    task = registry.tasks.get("lm-eval")(task=str(written(tmp_path / "short.jsonl", rows)))
+    monkeypatch.setattr(evaluation, "_scores", worse(evaluation._scores))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        outcome = task.measure(panel, None, contenders.candidate("uniform").ready(panel))
+    assert outcome.directions == {"log_likelihood": "lower"}
+    assert outcome.metrics["packed_share"] == 0
+    assert task.metrics[-1].name == "packed_share"
+
+
+def worse(scores):
+    """The scores, as if the harness said that less of them is better."""
+    return lambda found: [each.model_copy(update={"higher_is_better": False}) for each in scores(found)]
 
 
 # --- tasks from files

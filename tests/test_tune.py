@@ -1,5 +1,6 @@
 """Tuning keeps its budget, measures what it claims, goes on after a kill, and says what it cannot do."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -18,6 +19,7 @@ from cachequant.benchmarks.commands.tune import tune
 from cachequant.benchmarks.subjects import ModelCard, Panel, TextCard
 from cachequant.benchmarks.tasks.perplexity import Perplexity
 from cachequant.benchmarks.tune import allocate as allocating
+from cachequant.benchmarks.tune import bench as benching
 from cachequant.benchmarks.tune.allocate import allocate, preset_of, solve
 from cachequant.benchmarks.tune.bench import Bench, Material
 from cachequant.benchmarks.tune.budget import Budget
@@ -167,6 +169,21 @@ def test_two_runs_at_once_on_one_file_are_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("change", ["ids", "tuning ids", "code", "device"])
+def test_measurements_on_other_tokens_code_or_device_are_others(material, monkeypatch, change):
+    panels = {"verifying": material.verifying, "tuning": material.tuning}
+    if change == "ids":
+        panels["verifying"] = dataclasses.replace(panels["verifying"], ids=[*panels["verifying"].ids[:-1], 0])
+    elif change == "tuning ids":
+        panels["tuning"] = dataclasses.replace(panels["tuning"], ids=[*panels["tuning"].ids[:-1], 0])
+    elif change == "device":
+        panels["verifying"] = dataclasses.replace(panels["verifying"], model=SimpleNamespace(device="elsewhere"))
+    before = material.about
+    if change == "code":
+        monkeypatch.setattr(benching, "code_digest", lambda: "another")
+    assert dataclasses.replace(material, **panels).about != before
+
+
 # --- the menu
 
 
@@ -280,6 +297,9 @@ def test_tables_and_sentences_show_the_preset_among_its_rivals(allocated):
     assert "**preset**" in tables[0] and all(each.strategy in tables[0] for each in found.settings)
     assert found.rival is not None and found.rival.strategy in " ".join(summary(study))
     assert Study.model_validate_json(study.model_dump_json()) == study
+    assert "2 windows of 416 tokens" in " ".join(summary(study))
+    single = study.model_copy(update={"protocol": study.protocol.model_copy(update={"windows": 1})})
+    assert "1 window of" in " ".join(summary(single))
 
 
 def test_a_budget_below_the_narrowest_names_the_nearest_that_works(allocated):

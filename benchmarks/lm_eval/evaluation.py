@@ -55,8 +55,8 @@ class Scores(BaseModel):
     scores: tuple[Score, ...]
     predictions: tuple[dict[str, int | float | str | None], ...]
     """One line per sample, the same ones in the same order for every cache: `task`, `doc_id`, `target`, `prediction`
-    (what was generated, or the index of the choice), `log_likelihood` (`log_likelihood_0`, ... where there are
-    choices), and each metric."""
+    (what was generated, or the index of the choice), `filter` (of answers, where there is one; each has its line),
+    `log_likelihood` (`log_likelihood_0`, ... where there are choices), and each metric."""
     readings: dict[str, Reading]
     """How the scores came about, by task (or group of tasks) as it was given."""
 
@@ -223,6 +223,8 @@ def _prediction(task: str, sample: dict[str, Any], metrics: dict[str, Any]) -> d
         "doc_id": sample["doc_id"],
         "target": str(sample["target"]),
     }
+    if sample.get("filter", "none") != "none":
+        line["filter"] = sample["filter"]
     chances = [answer[0] for answer in answers if isinstance(answer, list | tuple)]
     if not chances:
         # generated text, or the log-likelihood of a whole text

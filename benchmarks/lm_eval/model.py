@@ -53,7 +53,8 @@ class CacheQuantLM(_HFLM):
     The other arguments are the harness's. `batch_size` is a number: rows are batched where that gives what each row
     gives alone. `reading` says how much of what was read was packed; a warning says that nothing was.
 
-    Raises ValueError for arguments that do not go together, and what `registry.parse` and `PackedCache` raise.
+    Raises ValueError for arguments that do not go together and for tokenizers with neither bos_token nor eos_token, and
+    what `registry.parse` and `PackedCache` raise.
     """
 
     def __init__(
@@ -77,7 +78,11 @@ class CacheQuantLM(_HFLM):
                 f"batch_size={batch_size!r}: what fits depends on what the cache packs, so it is not searched; "
                 "give a number, such as 8"
             )
+        given, prefixed = arguments.get("tokenizer"), arguments.get("prefix_token_id") is not None
+        if given is not None and not isinstance(given, str):
+            _require_start(given, prefixed)  # before the harness adds a padding token to it
         super().__init__(pretrained, batch_size=int(rows), **arguments)
+        _require_start(self.tokenizer, prefixed)
         if self.backend != "causal":
             raise ValueError(f"{type(self.model).__name__} is no decoder-only model, and its cache cannot be packed")
         self._cached = CachedModel(self.model, source, self.softmax_dtype, self.mixed_precision_dtype)
@@ -106,7 +111,12 @@ class CacheQuantLM(_HFLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """See the harness."""
+        """See the harness. Raises ValueError where the tokenizer has no eos_token, at which generation ends."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no eos_token, at which generated text ends; set one that the model knows, such as "
+                "tokenizer.eos_token = tokenizer.bos_token"
+            )
         alike: dict[int, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             # what cannot share a batch in the end should not be collated into one
@@ -204,6 +214,16 @@ class CacheQuantLM(_HFLM):
             f"these scores are those of the exact model: none of the {reading.tokens} tokens read anything packed. "
             f"{remedy[0].upper()}{remedy[1:]}",
             stacklevel=3,
+        )
+
+
+def _require_start(tokenizer: Any, prefixed: bool) -> None:
+    """Raise ValueError unless there is a token to begin texts with. prefixed: whether one was given."""
+    tokens = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    if not prefixed and all(token is None for token in tokens):
+        raise ValueError(
+            "the tokenizer has neither bos_token nor eos_token, and the harness begins texts with one of them; set "
+            "tokenizer.bos_token or tokenizer.eos_token to a token that the model knows, or give prefix_token_id"
         )
 
 

@@ -14,7 +14,7 @@ from ..held import bits_by_layer, weigh
 from .base import Metric, Outcome, Task
 from .endings import EndingRun, EndingScore
 from .questions import SHORTEST, STRETCH, FileQuestions, Question, hash_of, recollections
-from .reading import PACKED, mean, require_length, standard_errors
+from .reading import PACKED, mean, prefilled_alone, require_length, standard_errors
 
 if TYPE_CHECKING:
     from ..contenders import Contender
@@ -67,6 +67,11 @@ class Continuation(Task):
             raise ValueError(f"shots={self.shots} and length={self.length} both say how long contexts are; give one")
         return self
 
+    @property
+    def fixes_length(self) -> bool:
+        """Whether contexts are as long as their examples make them: a sweep over lengths leaves this task alone."""
+        return self.shots is not None
+
     def fitted(self, panel: "Panel") -> Self:
         """See `Task.fitted`."""
         context = panel.card.context
@@ -100,6 +105,7 @@ class Continuation(Task):
     def measure(self, panel: "Panel", prepared: Prepared, contender: "Contender") -> Outcome:
         """See `Task.measure`."""
         scored = prepared.run.score(contender)
+        cache = prefilled_alone(contender, prepared.run.first)
         samples = tuple(
             _sample(number, question, endings, exact)
             for number, (question, endings, exact) in enumerate(
@@ -108,11 +114,11 @@ class Continuation(Task):
         )
         figures = ("accuracy", "accuracy_bytes", "agreement", "kl")
         return Outcome.of(
-            weigh(scored.cache, panel.model, scored.rows),
+            weigh(cache, panel.model, 1),
             metrics={**{name: mean(samples, name) for name in figures}, PACKED.name: scored.packed},
             errors=standard_errors(samples, figures),
             samples=samples,
-            layers=bits_by_layer(scored.cache),
+            layers=bits_by_layer(cache),
         )
 
     def _questions(self, panel: "Panel") -> list[Question]:

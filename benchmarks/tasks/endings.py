@@ -50,10 +50,6 @@ class Scored(NamedTuple):
     """What one contender made of all items."""
 
     endings: list[list[EndingScore]]
-    cache: Cache
-    """Of the last batch."""
-    rows: int
-    """In that batch."""
     packed: float
     """See `reading.PACKED`; mean over items, after their prefill."""
 
@@ -77,6 +73,12 @@ class EndingRun:
         ]
         """Scores of the unquantized model itself."""
 
+    @property
+    def first(self) -> tuple[int, ...]:
+        """Token ids of the first item that are prefilled; its context, where none are."""
+        item = self._items[0]
+        return item.context[: len(item.context) - item.after] or item.context
+
     def score(self, contender: Contender) -> Scored:
         """Decode the same items through a contender's caches.
 
@@ -84,14 +86,12 @@ class EndingRun:
             ValueError: logits are not finite.
         """
         found, shares = [], []
-        cache, rows = None, 0
         exact = self._passes()
         for batch in _batched(self._items, rows_at_once(contender, self._batch_size)):
-            cache, rows = fresh_cache(contender), len(batch) * len(batch[0].endings)
+            cache = fresh_cache(contender)
             measured = _decoded(self._model, batch, cache, lambda cache: shares.append(packed_share(cache)))
             found += [_scores(item, next(exact), logits) for item, logits in zip(batch, measured, strict=True)]
-        assert cache is not None  # tasks have at least one item
-        return Scored(found, cache, rows, sum(shares) / len(shares))
+        return Scored(found, sum(shares) / len(shares))
 
     def _passes(self) -> Iterator[list[Tensor]]:
         return iter(self._fresh() if self._kept is None else self._kept)

@@ -1,6 +1,8 @@
 """Any task of lm-evaluation-harness, or questions of a local file, with the packed cache really read."""
 
 import hashlib
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -12,7 +14,15 @@ from .base import Metric, Outcome, Task
 
 if TYPE_CHECKING:
     from ..contenders import Contender
+    from ..lm_eval.evaluation import Score
     from ..subjects import Panel
+
+
+Line = dict[str, int | float | str | None]
+"""Of predictions."""
+
+# the filter that tasks of the harness lead with
+STRICT = "strict-match"
 
 
 class LmEval(Task):
@@ -76,27 +86,58 @@ class LmEval(Task):
         strategy = contender.strategy
         if strategy is None and self.protocol != "decode":
             raise ValueError(f"{contender.spec} cannot be simulated (protocol={self.protocol}); use protocol=decode")
-        found = evaluate(
-            panel.model,
-            panel.tokenizer,
-            strategy if strategy is not None else lambda model: contender.new_cache(),
-            [self.file or self.task],
-            protocol=self.protocol,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            fewshot=self.fewshot,
-            # in the papers' protocol nothing is kept exact
-            options={"residual_length": panel.residual_length} if strategy and self.protocol != "paper" else None,
-        )
+        with warnings.catch_warnings():
+            # that nothing was read packed is said by packed_share
+            warnings.filterwarnings("ignore", "these scores are those of the exact model", UserWarning)
+            found = evaluate(
+                panel.model,
+                panel.tokenizer,
+                strategy if strategy is not None else lambda model: contender.new_cache(),
+                [self.file or self.task],
+                protocol=self.protocol,
+                limit=self.limit,
+                batch_size=self.batch_size,
+                fewshot=self.fewshot,
+                # in the papers' protocol nothing is kept exact
+                options={"residual_length": panel.residual_length} if strategy and self.protocol != "paper" else None,
+            )
         (reading,) = found.readings.values()
-        alone = len({score.task for score in found.scores}) == 1
-        named = {score.metric if alone else f"{score.task} {score.metric}": score for score in found.scores}
+        named, declared = metrics_by_name(found.scores), {metric.name for metric in self.metrics}
         return Outcome(
             metrics={**{name: score.value for name, score in named.items()}, "packed_share": reading.packed_share},
             errors={name: score.stderr for name, score in named.items() if score.stderr is not None},
-            samples=found.predictions,
+            directions={
+                name: "higher" if score.higher_is_better else "lower"
+                for name, score in named.items()
+                if name not in declared
+            },
+            samples=leading_lines(found.predictions),
             memory=reading.memory,
         )
+
+
+def metrics_by_name(scores: "Sequence[Score]") -> "dict[str, Score]":
+    """Scores by the name of the metric, and of the task where there are several.
+
+    Of a single task, the filter of answers is left out where it is the only one, or the strict one beside others.
+    """
+    if len({score.task for score in scores}) > 1:
+        return {f"{score.task} {score.metric}": score for score in scores}
+    filtered: dict[str, list[Score]] = {}
+    for score in scores:
+        filtered.setdefault(score.metric.partition(",")[0], []).append(score)
+    named = {}
+    for metric, variants in filtered.items():
+        known = {score.metric: score for score in variants}
+        leading = known.get(metric) or known.get(f"{metric},{STRICT}") or (variants[0] if len(variants) == 1 else None)
+        named |= {metric if score is leading else score.metric: score for score in variants}
+    return named
+
+
+def leading_lines(predictions: Sequence[Line]) -> tuple[Line, ...]:
+    """One line per question, not one per filter: of tasks with a strict filter, those of that."""
+    strict = {line["task"] for line in predictions if line.get("filter") == STRICT}
+    return tuple(line for line in predictions if line["task"] not in strict or line.get("filter") == STRICT)
 
 
 @hookimpl

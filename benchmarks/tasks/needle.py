@@ -13,7 +13,7 @@ from ...registry.hookspecs import hookimpl
 from ..held import bits_by_layer, weigh
 from .base import Metric, Outcome, Task
 from .endings import EndingRun, Item
-from .reading import PACKED, mean, require_length, spread, standard_errors
+from .reading import PACKED, mean, prefilled_alone, require_length, spread, standard_errors
 
 if TYPE_CHECKING:
     from ..contenders import Contender
@@ -91,6 +91,7 @@ class Needle(Task):
         """See `Task.measure`."""
         length = self.fitted(panel).length
         scored = prepared.run.score(contender)
+        cache = prefilled_alone(contender, prepared.run.first)
         samples = tuple(
             {
                 "sample": float(number),
@@ -104,11 +105,11 @@ class Needle(Task):
         )
         figures = ("recall", "nll", "kl")
         return Outcome.of(
-            weigh(scored.cache, panel.model, scored.rows),
+            weigh(cache, panel.model, 1),
             metrics={**{name: mean(samples, name) for name in figures}, PACKED.name: scored.packed},
             errors=standard_errors(samples, figures),
             samples=samples,
-            layers=bits_by_layer(scored.cache),
+            layers=bits_by_layer(cache),
         )
 
     def _item(self, panel: "Panel", known: list[int], depth: float, rng: random.Random) -> Item:

@@ -7,9 +7,19 @@ from pydantic import Field, model_validator
 
 from ...registry.hookspecs import hookimpl
 from ..held import bits_by_layer, weigh
-from ..passkey import KEY_DIGITS, PasskeyPrompt, passkey_answers, passkey_prompt
+from ..passkey import KEY_DIGITS, TAIL_TOKENS, PasskeyPrompt, passkey_answers, passkey_prompt
 from .base import Metric, Outcome, Task
-from .reading import PACKED, fresh_cache, mean, packed_share, require_length, rows_at_once, spread, standard_errors
+from .reading import (
+    PACKED,
+    fresh_cache,
+    mean,
+    packed_share,
+    prefilled_alone,
+    require_length,
+    rows_at_once,
+    spread,
+    standard_errors,
+)
 
 if TYPE_CHECKING:
     from ..contenders import Contender
@@ -69,7 +79,7 @@ class Passkey(Task):
         """See `Task.measure`."""
         length = float(self.fitted(panel).length or 0)
         rows = rows_at_once(contender, self.batch_size)
-        samples, cache, batch = [], None, prepared
+        samples, cache = [], None
         for start in range(0, len(prepared), rows):
             cache, batch = fresh_cache(contender), prepared[start : start + rows]
             answers = passkey_answers(panel.model, panel.tokenizer, batch, cache)
@@ -87,12 +97,13 @@ class Passkey(Task):
                 )
         assert cache is not None  # there is at least one prompt
         figures = ("accuracy", "digits")
+        alone = prefilled_alone(contender, prepared[0].ids[:-TAIL_TOKENS])
         return Outcome.of(
-            weigh(cache, panel.model, len(batch)),
+            weigh(alone, panel.model, 1),
             metrics={**{name: mean(samples, name) for name in figures}, PACKED.name: packed_share(cache)},
             errors=standard_errors(samples, figures),
             samples=tuple(samples),
-            layers=bits_by_layer(cache),
+            layers=bits_by_layer(alone),
         )
 
 

@@ -26,6 +26,19 @@ def fresh_cache(contender: Contender) -> Cache:
     return contender.new_cache()
 
 
+@torch.inference_mode()
+def prefilled_alone(contender: Contender, ids: Sequence[int]) -> Cache:
+    """A cache that holds one prompt and nothing else: what is weighed.
+
+    What rows of a batch share, such as codebooks and angles, weighs less per number the more rows there are, and how
+    many there are is not the same for every contender.
+    """
+    cache = fresh_cache(contender)
+    prompt = torch.tensor([list(ids)], device=contender.model.device)
+    contender.model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
 def steps(cache: Cache, start: int, stop: int) -> Iterator[slice]:
     """Passes over the tokens `[start, stop)` in which each finds packed what it would find when decoded alone.
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 LENGTH = 1024
 
+# numbers that share a scale in caches that quantize in groups, which hold whole groups only
+GROUP = 64
+
 
 class Speed(Task):
     """Time per prefill and per decoded token, as a multiple of DynamicCache's in the same turn."""
@@ -36,7 +39,7 @@ class Speed(Task):
     length: int | None = Field(
         default=None,
         ge=1,
-        description=f"Tokens prefilled; None: {LENGTH}, or what the model and the text leave room for.",
+        description=f"Tokens prefilled; None: {LENGTH}, or what there is room for, in whole {GROUP}s.",
     )
     steps: int = Field(default=32, ge=1, description="Tokens decoded after them, one per turn.")
     rounds: int = Field(default=3, ge=1, description="Prefills, one per turn.")
@@ -45,7 +48,7 @@ class Speed(Task):
         """See `Task.fitted`."""
         more = self.steps + 1  # one turn is not counted
         most = panel.card.context - more
-        length = max(1, min(LENGTH, most, len(panel.ids) - more)) if self.length is None else self.length
+        length = _open_length(min(most, len(panel.ids) - more)) if self.length is None else self.length
         require_length(length, most, 1, f"something to read before steps={self.steps}")
         if length + more > len(panel.ids):
             raise ValueError(
@@ -68,9 +71,20 @@ class Speed(Task):
 
     def measure(self, panel: "Panel", prepared: Tensor, contender: "Contender") -> Outcome:
         """See `Task.measure`."""
-        pair = _Pair(panel.model, prepared, prepared.shape[1] - self.steps - 1, contender)
-        latency = pair.peak()
-        prefill, decode = pair.times(pair.prefill, self.rounds), pair.times(pair.decode, self.steps)
+        length = prepared.shape[1] - self.steps - 1
+        pair = _Pair(panel.model, prepared, length, contender)
+        try:
+            latency = pair.peak()
+            prefill, decode = pair.times(pair.prefill, self.rounds), pair.times(pair.decode, self.steps)
+        except (AssertionError, ValueError) as error:
+            group = getattr(contender.source, "group_size", None)
+            # what quanto and hqq say where numbers do not divide into groups
+            if contender.strategy is not None or group is None or "group" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"{contender.spec} holds whole groups of {group} numbers only, and a cache of {length} tokens or "
+                f"more was refused ({error}); use a length that is a multiple of {group}, or another group_size"
+            ) from error
         latency |= {"prefill_ms": statistics.median(prefill[contender.spec])}
         latency |= {"decode_ms": statistics.median(decode[contender.spec])}
         cache = pair.caches[contender.spec]
@@ -138,6 +152,12 @@ class _Pair:
         self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
+
+
+def _open_length(most: int) -> int:
+    """As long as there is room for, in whole groups where there is room for one."""
+    length = max(1, min(LENGTH, most))
+    return length - length % GROUP if length > GROUP else length
 
 
 def _bound(action: Callable[[str], None], name: str) -> Callable[[], None]:

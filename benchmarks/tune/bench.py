@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from ..errors import Unusable, message
 from ..held import weigh
 from ..streaming import ExactRun, Protocol, cut_windows
 from ..subjects import Panel, TextCard, open_panels, read_text
+from ..sweep.cells import code_digest
 from ..tasks.perplexity import Perplexity
 from .journal import Journal
 
@@ -173,8 +175,12 @@ class Material:
             "torch": current.torch,
             "transformers": current.transformers,
             "cachequant": current.cachequant,
+            "code": code_digest(),
+            "device": str(self.verifying.model.device),
             "text": self.verifying.text.sha256,
             "tuning text": self.tuning.text.sha256,
+            "tokens": _digest(self.verifying.ids),
+            "tuning tokens": _digest(self.tuning.ids),
             "windows": self.task.windows,
             "window length": self.task.length,
             "residual length": self.verifying.residual_length,
@@ -239,6 +245,11 @@ def _thinned(content: str, pieces: int, characters: int) -> str:
         return content
     starts = [i * (len(content) - characters) // max(1, pieces - 1) for i in range(pieces)]
     return SEPARATOR.join(content[start : start + characters] for start in starts)
+
+
+def _digest(ids: Sequence[int]) -> str:
+    """The same text is other tokens to another tokenizer."""
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16]
 
 
 def _tokens(panel: Panel, content: str) -> list[int]:

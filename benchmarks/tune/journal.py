@@ -16,7 +16,7 @@ class Occupied(ValueError):
 
 
 class Journal:
-    """Values by name; what is put is on disk before `put` returns."""
+    """Values by name; what was put survives a kill of the process, though not a power cut."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         """about: what the values depend on, as JSON; a journal about something else is refused.

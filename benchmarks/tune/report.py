@@ -83,10 +83,14 @@ def summary(study: Study) -> Iterator[str]:
         refused = len(trials) - measured - repeated
         yield f"{len(trials)} trials: {measured} measured, {repeated} repeated, {refused} refused or failed"
     yield (
-        f"tuned on {study.tuning_text.name}, verified on {study.text.name}; {study.protocol.windows} windows of "
+        f"tuned on {study.tuning_text.name}, verified on {study.text.name}; {_windows(study.protocol.windows)} of "
         f"{study.protocol.length} tokens, newest {study.protocol.residual_length} exact; {study.model.panel}, "
         f"{study.model.dtype}; {study.environment}"
     )
+
+
+def _windows(count: int) -> str:
+    return f"{count} window" + "s" * (count != 1)
 
 
 def terminal(sheet: Sheet) -> Table:
