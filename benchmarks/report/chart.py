@@ -13,6 +13,7 @@ from matplotlib.transforms import Bbox
 
 from ... import registry
 from ...registry import specs
+from ..contenders import BASELINES
 from ..tasks.base import Metric
 from .sheet import Line, Sheet
 from .tables import figure as written
@@ -23,6 +24,7 @@ EXACT = 1e-6
 # Okabe and Ito's colours without yellow and black, told apart by most colour-blind readers; markers say it again.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 24, 32)
+BASELINE_COLOR = "#555555"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 
 
@@ -41,10 +43,12 @@ def draw(sheet: Sheet, path: Path, title: str) -> None:
     metric = sheet.headline
     panels = [(panel, _points(sheet, panel)) for panel in sheet.panels]
     families = sorted({point.family for _, points in panels for point in points})
+    ours = [name for name in families if name not in BASELINES]
     style = {
-        name: (COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)])
-        for i, name in enumerate(families)
+        name: (COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]) for i, name in enumerate(ours)
     }
+    # what readers have today, drawn apart
+    style |= {name: (BASELINE_COLOR, "*") for name in families if name in BASELINES}
     figure = Figure(figsize=(8.4 * max(1, len(panels)), 8.2), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, sharex=True, squeeze=False)[0]
@@ -70,16 +74,17 @@ def draw(sheet: Sheet, path: Path, title: str) -> None:
 def short_label(spec: str) -> str:
     """The settings of a spec as words: `uniform:bits=2,key_rope=pre` gives `2-bit pre`; the colour says `uniform`."""
     name, settings = specs.split(spec)
-    words = [] if "bits" in settings else _default_bits(name)
+    words = [] if "bits" in settings or "base" in settings else _default_bits(name)
     for field, value in settings.items():
         if field.endswith("bits") and value.isdigit():
-            words.append(f"{field[:-4].strip('_')} {value}-bit".strip())
+            side = "" if field == "nbits" else field[:-4].strip("_")
+            words.append(f"{side} {value}-bit".strip())
         elif value == "true":
             words.append(field.replace("_", " "))
         elif value.replace(".", "", 1).isdigit() or value in ("false", "none"):
             words.append(f"{field.replace('_', ' ')} {value}")
         else:
-            words.append(value)
+            words.append(str(specs.read(value, False)))
     return " ".join(words) or name
 
 

@@ -193,4 +193,6 @@ def _flat(result: Result) -> dict[str, Any]:
 
 def _title(run: Run, sheet: Sheet) -> str:
     card = run.models[0]
-    return f"KV-cache quantization: {sheet.task} against memory held\n{card.architecture} {card.dtype}, {run.text.name}"
+    name, _, settings = sheet.task.partition(":")
+    how = f" ({settings.replace('=', ' ').replace(',', ', ')})" if settings else ""
+    return f"KV-cache quantization: {name}{how} against memory held\n{card.architecture} {card.dtype}, {run.text.name}"
