@@ -204,9 +204,9 @@ def _skipped(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
 
 
 def _found(strategy: type[Any], plugin: str) -> Found:
-    """With default settings."""
+    """With default settings, or the first variant of those that have no defaults."""
     try:
-        made = strategy()
+        made = _made(strategy)
         formats = made.formats(LAYER)
         codes = _codes(formats)
         served, notes = _served(formats)
@@ -215,6 +215,16 @@ def _found(strategy: type[Any], plugin: str) -> Found:
     except Exception as error:  # of third parties
         codes, served, notes = f"unknown without settings ({type(error).__name__})", None, []
     return Found(name=strategy.name, plugin=plugin, codes=codes, served=served, note="; ".join(notes))
+
+
+def _made(strategy: type[Any]) -> Any:
+    try:
+        return strategy()
+    except Exception:
+        variants = getattr(strategy, "variants", ())
+        if not variants:
+            raise
+        return strategy(**variants[0])
 
 
 def _codes(formats: LayerFormat | MixedFormat | None) -> str:
