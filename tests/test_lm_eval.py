@@ -35,6 +35,8 @@ from cachequant.core import Format, LayerFormat, PackedCache, Strategy, detach
 from cachequant.core.hf.attach import is_attached
 from cachequant.registry.hookspecs import hookimpl
 
+pytestmark = pytest.mark.slow
+
 SHORT_TAIL = {"residual_length": 16}
 
 # blocks as small as there are, so that short contexts will do

@@ -25,7 +25,10 @@ from cachequant.core import PackedCache
 ROOT = Path(find_spec("cachequant.core").origin).parents[1]
 VOCABULARY, CONTEXT = 64, 512
 
-pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="an installed wheel is not a checkout")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="an installed wheel is not a checkout"),
+    pytest.mark.slow,
+]
 
 PLUGIN = '''
 from typing import ClassVar

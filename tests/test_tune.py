@@ -34,6 +34,8 @@ from cachequant.core.hf.tiny import tiny_model
 from cachequant.registry import presets
 from cachequant.registry.hookspecs import hookimpl
 
+pytestmark = pytest.mark.slow
+
 SPECS = ["uniform", "uniform:rotation=hadamard"]
 KEYS, VALUES = (0, "key"), (0, "value")
 

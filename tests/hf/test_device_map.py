@@ -13,6 +13,8 @@ from cachequant.core import PackedCache, StaticPackedCache
 from cachequant.core.hf.attach import attention_modules
 from cachequant.core.hf.compat import computes_on
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("accelerate")
 
 # weights on disk are brought to the CPU by hooks, layer by layer, and let go after use

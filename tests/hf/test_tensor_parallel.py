@@ -20,6 +20,8 @@ from cachequant.benchmarks.sweep import parallel
 sys.path.insert(0, str(Path(__file__).parent / "parallel"))
 from tensor_parallel_worker import Answer, Case, Request, answer
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "parallel" / "tensor_parallel_worker.py"
 
 SECONDS = 300
