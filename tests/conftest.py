@@ -12,7 +12,7 @@ SLOW_FIXTURES = {"browser", "cluster"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Here rather than in pyproject.toml, which an installed wheel does not bring along."""
+    """As in pyproject.toml, which tests beside an installed wheel do not have."""
     config.addinivalue_line("markers", "slow: starts browsers, clusters or processes, or evaluates for long")
 
 
