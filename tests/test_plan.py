@@ -28,6 +28,8 @@ from cachequant.core.hf.tiny import tiny_model
 from cachequant.core.host import HostCopy
 from cachequant.core.store import PackedStore
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = [(cls, settings) for cls in registry.strategies().values() for settings in cls.variants]
 GIB = 2**30
 

@@ -18,6 +18,8 @@ from cachequant.core import Format, LayerFormat, Strategy, attach
 from cachequant.core.hf.attach import is_attached
 from cachequant.registry.hookspecs import hookimpl
 
+pytestmark = pytest.mark.slow
+
 # small enough for a test, long enough that most of what is read is packed
 SETTINGS = {
     "passkey": "passkey:length=320,samples=5",
