@@ -1,7 +1,6 @@
 """What a leaderboard measures: models, their outlier twins and the text they read."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..core.hf.calibrate import cut
-from ..core.hf.identity import identify
+from ..core.hf.identity import digest
 from . import reference
 from .calibration import SAMPLES, CalibrationText, Calibrator
 from .corpus import stdlib_text
@@ -47,7 +46,7 @@ class ModelCard(BaseModel):
     """Of the files the model was loaded from, beyond 1 GiB of their sizes and ends; a twin has its model's. Of a model
     from the hub its commit."""
     identity_sha256: str | None = None
-    """Of the configuration, and of marks of all attention weights."""
+    """Of the configuration, and of a sample of all attention weights."""
 
 
 class TextCard(BaseModel):
@@ -241,7 +240,7 @@ def _card(panel: str, model: Any, context: int, weights: str | None) -> ModelCar
         context=context,
         dtype=str(model.dtype).removeprefix("torch."),
         weights_sha256=weights,
-        identity_sha256=hashlib.sha256(json.dumps(identify(model), sort_keys=True).encode()).hexdigest(),
+        identity_sha256=digest(model),
     )
 
 

@@ -285,6 +285,18 @@ def test_how_a_run_is_started_decides_nothing(swept):
     assert swept(threads=torch.get_num_threads(), strategies=("uniform", "none")).measured == []
 
 
+def test_the_number_of_threads_decides_nothing(folder, plugin):
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(keys(folder))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
 def test_calibration_decides_only_for_those_that_learn(folder, plugin, tmp_path):
     texts = [tmp_path / name / "learn.txt" for name in ("one", "other")]
     for number, path in enumerate(texts):
@@ -885,10 +897,15 @@ def test_a_worker_measures_its_cell_wherever_it_was_started(plugin, folder, tmp_
     (planned,) = Workbench(given).cells
     monkeypatch.chdir(tmp_path)
     engines._bench.cache_clear()
-    text = engines.measure_by_key(given.model_dump_json(), planned.cell.key, str(folder.parent))
+    text = engines.measure_there(given.model_dump_json(), planned.cell.model_dump_json(), str(folder.parent))
     assert Result.model_validate_json(text).cell == planned.cell
-    with pytest.raises(LookupError, match="has no cell 0123: its cachequant, plugins, model or text differ"):
-        engines.measure_by_key(given.model_dump_json(), "0123", str(folder.parent))
+    versions = {**planned.cell.versions, "torch": "1.0"}
+    other = planned.cell.model_copy(update={"versions": versions, "residual_length": 7})
+    with pytest.raises(LookupError, match=r"differs there in: residual_length, versions\.torch; give it the same"):
+        engines.measure_there(given.model_dump_json(), other.model_dump_json(), str(folder.parent))
+    unknown = planned.cell.model_copy(update={"strategy": "elsewhere"})
+    with pytest.raises(LookupError, match="differs there in: its strategy or task"):
+        engines.measure_there(given.model_dump_json(), unknown.model_dump_json(), str(folder.parent))
     engines._bench.cache_clear()
 
 

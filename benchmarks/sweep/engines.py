@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import Unusable, message
-from .cells import Result
+from .cells import Cell, Result
 from .job import Job
 from .workbench import Planned, Workbench
 
@@ -52,11 +52,11 @@ def _distribute(cluster: Any, bench: Workbench, pending: Sequence[Planned]) -> I
     device = bench.job.device.partition(":")[0]
     gpu = torch.cuda.is_available() if device == "auto" else device != "cpu"
     resources = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_cpus": bench.job.threads or 1}
-    task = cluster.remote(max_retries=1, **resources)(measure_by_key)
+    task = cluster.remote(max_retries=1, **resources)(measure_there)
     # a worker sees one GPU, its own
     job = bench.job.model_copy(update={"device": device}).model_dump_json()
     here = os.getcwd()
-    waiting = {task.remote(job, planned.cell.key, here): planned for planned in pending}
+    waiting = {task.remote(job, planned.cell.model_dump_json(), here): planned for planned in pending}
     try:
         while waiting:
             (done, *_), _ = cluster.wait(list(waiting), num_returns=1)
@@ -73,21 +73,40 @@ def _distribute(cluster: Any, bench: Workbench, pending: Sequence[Planned]) -> I
             cluster.cancel(each, force=True)
 
 
-def measure_by_key(job: str, key: str, folder: str) -> str:
-    """On a worker: the result, as JSON, of the cell of `job` that has this key.
+def measure_there(job: str, cell: str, folder: str) -> str:
+    """On a worker: the result, as JSON, of a cell of `job`, itself JSON.
 
     folder: the one that relative paths were given in.
+
+    Raises LookupError, saying what differs, if the cell is another one here.
     """
     if os.path.isdir(folder):
         os.chdir(folder)
     bench = _bench(job)
-    found = next((planned for planned in bench.cells if planned.cell.key == key), None)
-    if found is None:
-        raise LookupError(
-            f"worker {os.uname().nodename} has no cell {key}: its cachequant, plugins, model or text differ from those "
-            "of the machine that started the run, or it computes on another kind of device"
-        )
-    return bench.measure(found).model_dump_json()
+    wanted = Cell.model_validate_json(cell)
+    for planned in bench.cells:
+        if planned.cell.key == wanted.key:
+            return bench.measure(planned).model_dump_json()
+    alike = [
+        each.cell for each in bench.cells if (each.cell.task, each.cell.strategy) == (wanted.task, wanted.strategy)
+    ]
+    found = min((_differences(wanted, each) for each in alike), key=len, default=["its strategy or task"])
+    raise LookupError(
+        f"worker {os.uname().nodename} would measure something else, {wanted.folder} differs there in: "
+        f"{', '.join(found)}; give it the same cachequant, plugins, model, texts and kind of device"
+    )
+
+
+def _differences(one: Cell, other: Cell) -> list[str]:
+    """The fields in which two cells differ, as paths: `versions.torch`."""
+    found = []
+    for name, value in one.model_dump(mode="json").items():
+        there = other.model_dump(mode="json")[name]
+        if isinstance(value, dict) and isinstance(there, dict):
+            found += [f"{name}.{key}" for key in value | there if value.get(key) != there.get(key)]
+        elif value != there:
+            found.append(name)
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -42,16 +42,25 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
 
 def identify(model: PreTrainedModel) -> dict[str, Any]:
     """For statistics, which serve any dtype of a model: its configuration, and marks of its attention weights."""
-    config = model.config.to_dict()
-    # not what varies with how the model was loaded
-    for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "_attn_implementation", "use_cache"):
-        config.pop(name, None)
-    text = json.dumps(config, sort_keys=True, default=str)
     return {
         **configuration(model),
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "config_sha256": hashlib.sha256(_settings(model)).hexdigest()[:16],
         "attention_weights": {str(index): _marks(module) for index, module in attention_modules(model).items()},
     }
+
+
+def digest(model: PreTrainedModel) -> str:
+    """For figures: a hash of the configuration and of a sample of all attention weights, bit by bit.
+
+    Marks would not do: their last digits depend on how many threads add them up.
+    """
+    found = hashlib.sha256(_settings(model))
+    for index, module in attention_modules(model).items():
+        for name, weight in _sampled(module).items():
+            sample = _whole(weight.detach()).contiguous().flatten().view(torch.uint8)
+            found.update(f"{index} {name}".encode())
+            found.update(sample.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def differences(saved: dict[str, Any], model: PreTrainedModel) -> list[str]:
@@ -67,6 +76,14 @@ def differences(saved: dict[str, Any], model: PreTrainedModel) -> list[str]:
             if size > SIZE_TOLERANCE or projection > PROJECTION_TOLERANCE:
                 return [f"the weights {name} of attention layer {index} are others"]
     return []
+
+
+def _settings(model: PreTrainedModel) -> bytes:
+    """The configuration, but for what varies with how the model was loaded."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "_attn_implementation", "use_cache"):
+        config.pop(name, None)
+    return json.dumps(config, sort_keys=True, default=str).encode()
 
 
 def _attribute(config: Any, name: str) -> Any:
@@ -93,18 +110,9 @@ def _marks(attention: nn.Module) -> Marks:
     """Two numbers for each weight and bias of the module, from a sample with every output channel in it.
 
     The logarithm of its root mean square, and its projection on a fixed wave relative to the deviation that random
-    weights have: about standard normal, so that two models rarely agree in all of them. Adapters are left out.
+    weights have: about standard normal, so that two models rarely agree in all of them.
     """
-    weights = {
-        name: weight
-        for name, weight in attention.named_parameters()
-        if weight.is_floating_point()
-        and weight.numel()
-        and weight.device.type != "meta"
-        and "lora_" not in name
-        # these would have to be sent whole
-        and not is_split(weight, columns=True)
-    }
+    weights = _sampled(attention)
     # reading weights takes a while, and a cache is made for every generate
     held: list[Any] = [here(weight) for weight in weights.values()]
     state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in held]
@@ -116,6 +124,20 @@ def _marks(attention: nn.Module) -> Marks:
         marks = {name: mark for name, mark in found.items() if mark}
         known = _known[attention] = (state, [weakref.ref(weight) for weight in weights.values()], marks)
     return known[2]
+
+
+def _sampled(attention: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights and biases that tell models apart, by name. Adapters are left out."""
+    return {
+        name: weight
+        for name, weight in attention.named_parameters()
+        if weight.is_floating_point()
+        and weight.numel()
+        and weight.device.type != "meta"
+        and "lora_" not in name
+        # these would have to be sent whole
+        and not is_split(weight, columns=True)
+    }
 
 
 def _whole(weight: Any) -> Tensor:
