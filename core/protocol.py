@@ -15,6 +15,9 @@ from ..kernels.quantize import NO_TABLES, Tables
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CONTRACT_VERSION = 1
+"""Of what `CacheQuantizer` asks. It grows when a strategy that kept the contract before may not keep it any more."""
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -118,6 +121,12 @@ class Strategy(BaseModel):
     """The field that a spec may give without its name, as `preset:FILE`; None: there is none."""
     searchable: ClassVar[Mapping[str, Sequence[Any]]] = {}
     """Fields that `cachequant tune` may vary, and the values it tries; combinations that are refused are left out."""
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Other names it is found by, each with the settings that the name stands for."""
+    contract: ClassVar[int | None] = None
+    """The `CONTRACT_VERSION` it was written for; None: the installed one."""
+    exceptions: ClassVar[Mapping[str, str]] = {}
+    """Checks of the contract that it does not keep, by name, each with the reason."""
 
     def require_model(self, model: "PreTrainedModel") -> None:
         """See `CacheQuantizer.require_model`; any model by default."""
