@@ -107,9 +107,9 @@ def packed_scores(
 
 def unrotate(partial: Partial, fmt: Format) -> Partial:
     """`partial` with its mix back in the original basis of the values."""
-    if fmt.rotation == "none" or not fmt.packed:
+    if not fmt.packed:
         return partial
-    return partial._replace(mix=hadamard_rotate(partial.mix))
+    return partial._replace(mix=hadamard_rotate(partial.mix, fmt.basis(partial.mix.shape[-1])))
 
 
 def attend_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

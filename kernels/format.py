@@ -4,7 +4,8 @@ All schemes share one decode rule, per token and channel (design: `docs/architec
 
     x = scale * level(code) + zero  (+ outlier)      optionally in a rotated basis, optionally before RoPE
 
-where `level(code)` is the code itself (`codes="affine"`) or an entry of a codebook (`codes="codebook"`).
+where `level(code)` is the code itself (`codes="affine"`), an entry of a codebook (`codes="codebook"`) or an 8-bit
+float (`codes="float8"`).
 """
 
 from typing import Literal
@@ -31,10 +32,11 @@ class Format(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    codes: Literal["affine", "codebook", "exact", "custom"] = Field(
+    codes: Literal["affine", "codebook", "float8", "exact", "custom"] = Field(
         default="affine",
-        description="affine: level = code. codebook: level = table[code]. exact: the model's own dtype. "
-        "custom: the strategy's own encode and decode.",
+        description="affine: level = code. codebook: level = table[code]. float8: level = the e4m3 number that the "
+        "code is, times 2**-8, so that levels end at 1.75. exact: the model's own dtype. custom: the strategy's own "
+        "encode and decode.",
     )
     bits: Bits = Field(default=4, description="Bits per code.")
     scale: Literal["token", "channel", "static"] = Field(
@@ -51,6 +53,11 @@ class Format(BaseModel):
         description="Where 2**bits affine levels lie in an online range: from end to end; in the middle of equal "
         "cells, so that fewer bits are a shift of more; or as many equal steps around the mean.",
     )
+    unit: Literal["range", "rms", "norm"] = Field(
+        default="range",
+        description="What the levels of an online codebook are multiples of: half the range of the numbers that share "
+        "a scale; their root mean square; or that, corrected so that what is decoded has the norm of what was encoded.",
+    )
     outliers: int = Field(
         default=0, ge=0, le=2 * MOST_TRIMMED, description="Exact corrections (index, value) per packed row."
     )
@@ -61,6 +68,9 @@ class Format(BaseModel):
         description="Largest and smallest numbers, each, that an online range may leave to outlier slots.",
     )
     rotation: Literal["none", "hadamard"] = Field(default="none", description="Orthogonal basis change along head_dim.")
+    rotation_size: int | None = Field(
+        default=None, ge=2, description="Channels rotated together, a power of two; None: as many as head_dim allows."
+    )
     rope: Literal["post", "pre"] = Field(default="post", description="Keys only: store them after or before RoPE.")
 
     @model_validator(mode="after")
@@ -94,10 +104,45 @@ class Format(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _floats_have_eight_bits_and_no_zero(self) -> "Format":
+        if self.codes == "float8" and (self.bits != 8 or not self.symmetric or self.outliers):
+            raise ValueError(
+                "codes='float8' are bytes around zero; it needs bits=8, symmetric=True and no outliers, got "
+                f"bits={self.bits}, symmetric={self.symmetric}, outliers={self.outliers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _units_are_of_a_symmetric_codebook_per_token(self) -> "Format":
+        fits = self.codes == "codebook" and self.symmetric and self.scale == "token" and not self.outliers
+        if self.unit != "range" and not fits:
+            raise ValueError(
+                f"unit={self.unit!r} scales a codebook around zero; it needs codes='codebook', symmetric=True, "
+                "scale='token' and no outliers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _size_is_of_a_rotation(self) -> "Format":
+        size = self.rotation_size
+        if size is not None and (self.rotation == "none" or size & (size - 1)):
+            raise ValueError(
+                f"rotation_size={size} is how many channels rotation='hadamard' mixes; it needs that rotation, and "
+                "has to be a power of two"
+            )
+        return self
+
     @property
     def packed(self) -> bool:
         """Whether the shared encoder and kernels understand the bytes."""
-        return self.codes in ("affine", "codebook")
+        return self.codes in ("affine", "codebook", "float8")
+
+    def basis(self, head_dim: int) -> int:
+        """Channels that the rotation mixes, 1 if there is none: the largest power of two in head_dim, if no other."""
+        if self.rotation == "none":
+            return 1
+        return self.rotation_size or head_dim & -head_dim
 
     def groups(self, head_dim: int) -> int:
         """Scales per token. Raises ValueError when the group does not divide `head_dim`."""
@@ -171,6 +216,10 @@ class LayerFormat(BaseModel):
                 raise ValueError(f"{name}: {fmt.outliers} outlier slots do not fit a row of {row}; use fewer")
             if fmt.rotation == "hadamard" and dim % 2:
                 raise ValueError(f"{name}: rotation='hadamard' needs an even head_dim, got {dim}; use rotation='none'")
+            if dim % fmt.basis(dim):
+                raise ValueError(
+                    f"{name}: rotation_size={fmt.rotation_size} does not divide head_dim={dim}; use up to {dim & -dim}"
+                )
 
     def bytes_per_token(self, head_dim: int, value_dim: int, itemsize: int) -> float:
         """Bytes per token and kv head of keys and values together."""

@@ -84,6 +84,8 @@ def _unserved_side(fmt: Format, dim: int) -> str | None:
         return "codes='exact' beside packed ones"
     if fmt.codes == "custom":
         return "codes='custom': only the strategy reads them"
+    if fmt.codes == "float8":
+        return "codes='float8'"
     if fmt.codes == "codebook" and fmt.bits == 8:
         return "codes='codebook' with 8 bits: tables have up to 16 entries"
     if fmt.scale == "token" and fmt.groups(dim) > 8:

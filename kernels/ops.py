@@ -424,8 +424,7 @@ def _packed_partial(
     block = formats.block
     capacity = next(iter(segments.key.values())).shape[2]
     held = int(segments.blocks) if _readable(segments.blocks) else capacity
-    rotated = formats.key.packed and formats.key.rotation == "hadamard"
-    rows = hadamard_rotate(rows) if rotated else rows
+    rows = hadamard_rotate(rows, formats.key.basis(rows.shape[-1])) if formats.key.packed else rows
     value_dim = segments.tails[1].shape[-1]
     fast_keys = cpu.serves(rows, formats.key, "key", tables["key"])
     fast_values = cpu.serves(rows, formats.value, "value", tables["value"])

@@ -13,6 +13,10 @@ from .packing import pack, unpack
 from .rotation import hadamard_rotate
 
 FLOAT16_MAX = 65504.0
+
+FLOAT8_MAX = 1.75
+"""The largest level of `codes="float8"`: 448, the largest e4m3 number, times 2**-8."""
+
 MIDDLE_STEP = 63
 LAST_STEP = 2 * MIDDLE_STEP
 _ON_GRID = tuple((2**bits,) for bits in (2, 3, 4))
@@ -188,12 +192,16 @@ def _encode(
     keep = _blockwise(valid, block)
     spread = _spread(states, fmt, side, block, keep, tables)
     codebook = _codebook(tables, fmt) if fmt.codes == "codebook" else None
-    if codebook is None:
+    if fmt.codes == "float8":
+        codes = to_float8(spread.ratio)
+    elif codebook is None:
         # cells of a midpoint grid are half open, so that their halves are cells of a finer one
         nearest = spread.ratio.add_(0.5).floor_() if fmt.grid == "midpoint" else spread.ratio.round_()
         codes = nearest.clamp_(0, 2**fmt.bits - 1).to(torch.uint8)
     else:
         codes = torch.bucketize(spread.ratio.contiguous(), (codebook[1:] + codebook[:-1]) / 2)
+        if fmt.unit == "norm":
+            spread.stored["scales"] = _restored(spread.ratio, codebook[codes], spread.scale)
     packed = {"codes": _pack_rows(codes.flatten(-2), fmt, side), **spread.stored}
     if fmt.outliers:
         scale, zero = _normalised(spread.scale, spread.zero, tables)
@@ -209,6 +217,24 @@ def _encode(
         packed["outlier_index"] = index.to(torch.int16)
         packed["outlier_value"] = rows.gather(-1, index).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     return packed
+
+
+def to_float8(ratio: Tensor) -> Tensor:
+    """The nearest e4m3 numbers to `ratio * 2**8`, ends included, as the bytes they are: uint8."""
+    return (ratio.clamp(-FLOAT8_MAX, FLOAT8_MAX) * 256).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_float8`, of uint8 codes."""
+    return codes.view(torch.float8_e4m3fn).to(dtype).mul_(1 / 256)
+
+
+def _restored(ratio: Tensor, level: Tensor, scale: Tensor) -> Tensor:
+    """Stored scales with which levels have the norm of the numbers they stand for, `[..., groups, channels]` all."""
+    encoded, decoded = (x.square().sum(-1, keepdim=True) for x in (ratio, level))
+    # a codebook may have a level of zero, and a vector nothing else
+    factor = torch.where(decoded > 0, (encoded / decoded).sqrt(), 1)
+    return (scale * factor).clamp(max=FLOAT16_MAX).half()
 
 
 def _tails(rows: Tensor, count: int) -> Tensor:
@@ -234,12 +260,15 @@ def normalise(
     Arguments as for `encode`, of a format with affine codes or a codebook.
 
     Returns `[batch, kv_heads, tokens, head_dim]` float32: the numbers with their grid's range as [-1, 1] (beyond it
-    saturates; 0 where a grid has no range), and half the width of that range.
+    saturates; 0 where a grid has no range), and half the width of that range. Codebooks of another unit than the range
+    get multiples of that unit, and the unit.
     """
     spread = _spread(states, fmt, side, block, _blockwise(valid, block), tables)
     shape = (*states.shape[:2], -1, states.shape[3])
     ratio, scale = spread.ratio, spread.scale.expand_as(spread.ratio)
-    if fmt.codes == "affine":
+    if fmt.codes == "float8":
+        ratio, scale = ratio / FLOAT8_MAX, scale * FLOAT8_MAX
+    elif fmt.codes == "affine":
         half = (2**fmt.bits - 1) / 2
         ratio, scale = torch.where(scale > 0, ratio / half - 1, 0), scale * half
     return ratio.reshape(shape), scale.reshape(shape)
@@ -298,13 +327,12 @@ def decode(
             if fmt.rotation == "none":
                 return kernels.decode(packed, fmt, side, head_dim, block, tables, dtype)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            return hadamard_rotate(kernels.decode(packed, fmt, side, head_dim, block, tables, wide)).to(dtype)
+            rotated = kernels.decode(packed, fmt, side, head_dim, block, tables, wide)
+            return hadamard_rotate(rotated, fmt.basis(head_dim)).to(dtype)
         warn_once(f"the Triton kernels do not decode {problem}; it is done by torch, which is slower")
     x = decode_rows(packed, fmt, side, head_dim, block, tables, dtype)
     x = x if side == "key" else x.transpose(-1, -2)
-    if fmt.rotation == "hadamard":
-        x = hadamard_rotate(x)
-    return x.flatten(2, 3)
+    return hadamard_rotate(x, fmt.basis(head_dim)).flatten(2, 3)
 
 
 def decode_rows(
@@ -336,6 +364,8 @@ def levels(words: Tensor, fmt: Format, length: int, tables: Tables, dtype: torch
     """The level of every code, before scale and zero: rows `[..., length]`."""
     if fmt.codes == "affine":
         return unpack(words, fmt.bits, length, dtype=dtype)
+    if fmt.codes == "float8":
+        return from_float8(unpack(words, fmt.bits, length), dtype)
     codes = unpack(words, fmt.bits, length, by_nibble=True, dtype=torch.int32)
     # on CPU several times faster than indexing with the codes
     return _codebook(tables, fmt).to(dtype).index_select(0, codes.flatten()).view(codes.shape)
@@ -360,8 +390,7 @@ class _Spread(NamedTuple):
 
 def _spread(states: Tensor, fmt: Format, side: Side, block: int, keep: Tensor | None, tables: Tables) -> _Spread:
     x = states.unflatten(2, (-1, block)).float()
-    if fmt.rotation == "hadamard":
-        x = hadamard_rotate(x)
+    x = hadamard_rotate(x, fmt.basis(x.shape[-1]))
     stored: dict[str, Tensor] = {}
     if fmt.scale == "static":
         scale, zero = _static_grid(tables)
@@ -401,13 +430,17 @@ def _online_scales(x: Tensor, fmt: Format, side: Side, keep: Tensor | None, tabl
         outside = _left_to_slots(x, fmt, side, keep, tables)
         seen = ~outside if seen is None else seen & ~outside
     vectors, kept = _vectors(x, fmt), None if seen is None else _vectors(seen, fmt)
+    if fmt.unit != "range":
+        return vectors.square().mean(-1, keepdim=True).sqrt().clamp(max=FLOAT16_MAX).half()
     low, high = _ranges(vectors, kept)
     if fmt.grid != "ends":
         step = (high - low) / 2**fmt.bits
         zero = low + step / 2 if fmt.grid == "midpoint" else _mean(vectors, kept) - step * 2 ** (fmt.bits - 1)
         return torch.stack([step, zero], dim=-1).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     steps = 2 if fmt.codes == "codebook" else 2**fmt.bits - 1
-    if fmt.symmetric:
+    if fmt.codes == "float8":
+        numbers = [torch.maximum(high, -low) / FLOAT8_MAX]
+    elif fmt.symmetric:
         numbers = [2 * torch.maximum(high, -low) / steps]
     elif fmt.codes == "codebook":
         numbers = [(high - low) / steps, (high + low) / 2]
@@ -469,7 +502,7 @@ def _grid(scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     scale = scales[..., 0]
     if not fmt.symmetric:
         return scale, scales[..., 1]
-    zero = torch.zeros_like(scale) if fmt.codes == "codebook" else scale * (-(2**fmt.bits - 1) / 2)
+    zero = scale * (-(2**fmt.bits - 1) / 2) if fmt.codes == "affine" else torch.zeros_like(scale)
     return scale, zero
 
 

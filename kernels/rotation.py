@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 
-def hadamard_rotate(states: Tensor) -> Tensor:
-    """`states [..., head_dim]` in the Hadamard basis; its own inverse.
+def hadamard_rotate(states: Tensor, basis: int | None = None) -> Tensor:
+    """`states [..., head_dim]` in the Hadamard basis of every run of `basis` channels; its own inverse.
 
-    A head_dim that is not a power of two is rotated in blocks of its largest power-of-two factor. Queries and keys
-    rotated alike keep their dot products (QuaRot, https://arxiv.org/abs/2404.00456).
+    basis: a power of two that divides head_dim (`Format.basis`); 1 changes nothing. None: the largest there is.
+
+    Queries and keys rotated alike keep their dot products (QuaRot, https://arxiv.org/abs/2404.00456).
     """
-    dim = states.shape[-1]
-    block = dim & -dim
-    matrix = _hadamard(block, states.dtype, states.device)
-    return (states.unflatten(-1, (dim // block, block)) @ matrix).flatten(-2)
+    if basis is None:
+        basis = states.shape[-1] & -states.shape[-1]
+    if basis == 1:
+        return states
+    matrix = _hadamard(basis, states.dtype, states.device)
+    return (states.unflatten(-1, (-1, basis)) @ matrix).flatten(-2)
 
 
 @lru_cache(maxsize=32)

@@ -86,10 +86,10 @@ class QNorm(CalibratedStrategy):
                 f"Q-Norm moves the levels of a width; tokens of {registry.spec(self.base)!r} have widths of their own"
             )
         for fmt in () if formats is None else (formats.key, formats.value):
-            if fmt.codes == "custom":
+            if fmt.codes in ("custom", "float8"):
                 raise ValueError(
                     f"Q-Norm moves levels of affine grids and codebooks; {registry.spec(self.base)!r} has "
-                    "codes of its own"
+                    f"codes={fmt.codes!r}"
                 )
             if fmt.scale == "static" and not isinstance(self.base, CalibratedStrategy):
                 raise ValueError(

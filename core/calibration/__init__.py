@@ -2,6 +2,7 @@
 
 from .artifact import Calibration, Evidence, Recipe, Record
 from .codebooks import fitted_tables, normalised_tables
+from .kmeans import lloyd_max, normal_float
 from .statistics import Statistics, Weights
 from .strategy import CalibratedStrategy
 
@@ -14,5 +15,7 @@ __all__ = [
     "Statistics",
     "Weights",
     "fitted_tables",
+    "lloyd_max",
+    "normal_float",
     "normalised_tables",
 ]

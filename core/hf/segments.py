@@ -89,10 +89,9 @@ def _packed_segment(
     rounded: whether weights may be rounded to bfloat16, as SDPA does in models of that dtype.
     """
     formats = layer.formats
-    rotated = formats.key.packed and formats.key.rotation == "hadamard"
     # before RoPE, keys must come back to their own basis to be rotated; after it, the query goes to theirs
     direct = formats.key.codes != "custom" and formats.key.rope == "post"
-    packed_rows = hadamard_rotate(rows) if rotated and direct else rows
+    packed_rows = hadamard_rotate(rows, formats.key.basis(rows.shape[-1])) if direct and formats.key.packed else rows
     fast_keys = direct and cpu.serves(rows, formats.key, "key", layer.tables["key"])
     fast_values = cpu.serves(rows, formats.value, "value", layer.tables["value"])
     scores_of = cpu.packed_scores if fast_keys else packed_scores

@@ -38,6 +38,10 @@ def unserved(fmt: Format, side: Side, head_dim: int, block: int, tables: Tables 
         return f"head_dim={head_dim} (more than {WIDEST_ROW})"
     if fmt.trim and _crossed(fmt, side) and _columns(fmt, head_dim) * block > LARGEST_TILE:
         return f"trim={fmt.trim} with head_dim={head_dim} and block={block}"
+    if fmt.unit != "range":
+        return f"unit={fmt.unit!r}"
+    if fmt.codes == "float8":
+        return "codes='float8'"
     for name, table in tables.tensors().items():
         if table.dtype != torch.float32:
             return f"{name} in {table.dtype} (not float32)"
@@ -65,7 +69,7 @@ def encode(
     if not batch * heads * tokens:
         return out
     if fmt.rotation == "hadamard":
-        states = hadamard_rotate(states.unflatten(2, (-1, block)).float()).flatten(2, 3)
+        states = hadamard_rotate(states.unflatten(2, (-1, block)).float(), fmt.basis(head_dim)).flatten(2, 3)
     # offsets inside a tile are 32 bits
     if states.stride(3) != 1 or states.stride(2) * max(_TILE, block) >= 2**31:
         states = states.contiguous()

@@ -75,12 +75,11 @@ def attend(
             _launch_exact(rows, segment, shape, first_slot, splits, mix, lse, scaling, softcap)
             first_slot += splits
         out = query.new_empty(*query.shape[:3], shape.value_dim)
-        rotated = packed is not None and packed.formats.value.rotation == "hadamard"
         combine[(shape.rows, shape.batch * shape.kv_heads)](
             mix, lse, None if sink is None else sink.contiguous(), out,
             shape.rows, shape.queries, shape.kv_heads, packed_splits, slots,
             DIM=shape.value_dim, PAD=_power_of_two(shape.value_dim),
-            BASIS=shape.value_dim & -shape.value_dim if rotated else 1, SLOTS=32,
+            BASIS=1 if packed is None else packed.formats.value.basis(shape.value_dim), SLOTS=32,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -178,7 +177,7 @@ def _launch_packed(
     formats = packed.formats
     key_format, value_format = formats.key, formats.value
     if key_format.rotation == "hadamard":
-        rows = hadamard_rotate(rows.float())
+        rows = hadamard_rotate(rows.float(), key_format.basis(shape.head_dim))
     held = packed.key["codes"].shape[2]
     layout = _layout(shape, formats)
     tiles = -(-shape.rows // layout.rows)

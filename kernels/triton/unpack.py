@@ -23,6 +23,8 @@ def unserved(fmt: Format, side: Side, head_dim: int, block: int, tables: Tables 
     """The option that keeps a format from this kernel; None: it is served."""
     if max(head_dim, block) > WIDEST_ROW:
         return f"head_dim={head_dim} (more than {WIDEST_ROW})"
+    if fmt.codes == "float8":
+        return "codes='float8'"
     for name, table in tables.tensors().items():
         if table.dtype != torch.float32:
             return f"{name} in {table.dtype} (not float32)"
