@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..core import Strategy
+from ..core import Side, Strategy
 from ..core.calibration import CalibratedStrategy, Calibration
 from . import parse, spec, specs
 
@@ -105,6 +105,30 @@ class Options(BaseModel):
         return {name: option for name, option in write(self).items() if option is not None}
 
 
+class Rotation(BaseModel):
+    """The Hadamard rotation of sides whose strategies have none of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sides: Literal["none", "key", "value", "both"] = "none"
+    size: int | None = Field(
+        default=None, ge=2, description="Channels rotated together; None: all that head_dim allows."
+    )
+
+    def turns(self, side: Side) -> bool:
+        """Whether a side is rotated."""
+        return self.sides in (side, "both")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sides_alone(cls, given: Any) -> Any:
+        return {"sides": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="wrap")
+    def _short_without_size(self, write: SerializerFunctionWrapHandler) -> Any:
+        return self.sides if self.size is None else write(self)
+
+
 class Contents(BaseModel):
     """Which strategy packs what."""
 
@@ -116,6 +140,10 @@ class Contents(BaseModel):
     )
     options: Options = Field(
         default=Options(), description="residual_length, sink_tokens and skip_layers, before what the strategies ask."
+    )
+    rotation: Rotation = Field(
+        default=Rotation(),
+        description="What is rotated before it is packed: none, key, value, both, or {'sides': ..., 'size': channels}.",
     )
 
 
@@ -180,6 +208,7 @@ def as_json(contents: Contents, folder: Path) -> dict[str, Any]:
         "default": written(contents.default),
         "layers": {str(index): written(sides) for index, sides in contents.layers.items()},
         "options": contents.options.model_dump(mode="json"),
+        **({} if contents.rotation == Rotation() else {"rotation": contents.rotation.model_dump(mode="json")}),
     }
 
 

@@ -21,7 +21,7 @@ class FP8(Strategy):
     """8-bit floats (e4m3), scaled per token and head, per head, or per layer; no calibration."""
 
     name: ClassVar[str] = "fp8"
-    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"scale": "head"}, {"scale": "tensor"})
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"scale": "tensor"})
     searchable: ClassVar[Mapping[str, Sequence[Any]]] = {"scale": ("token", "head", "tensor")}
 
     scale: Literal["token", "head", "tensor"] = Field(

@@ -21,9 +21,10 @@ from pydantic import (
 from torch import Tensor
 
 from ..core import AdaptiveStrategy, Format, LayerFormat, LayerSpec, MixedFormat, Side, Strategy, Tables
+from ..core.calibration import CalibratedStrategy
 from ..registry import presets, spec
 from ..registry.hookspecs import hookimpl
-from ..registry.presets import Contents, Layers, Sides
+from ..registry.presets import Contents, Layers, Rotation, Sides
 
 SIDES: tuple[Side, Side] = ("key", "value")
 EXACT = Format(codes="exact")
@@ -131,6 +132,7 @@ class Preset(Contents, Strategy):
             default=swapped(self.default),
             layers=Layers({index: swapped(sides) for index, sides in self.layers.items()}),
             options=self.options,
+            rotation=self.rotation,
             file=self.file,
         )
 
@@ -147,6 +149,7 @@ class Preset(Contents, Strategy):
             "default": both(self.default),
             "layers": {str(index): both(sides) for index, sides in self.layers.items()},
             "options": self.options.model_dump(mode="json"),
+            **({} if self.rotation == Rotation() else {"rotation": self.rotation.model_dump(mode="json")}),
         }
 
     def require_model(self, model: Any) -> None:
@@ -167,25 +170,16 @@ class Preset(Contents, Strategy):
         return {**options, **self.options.model_dump()}
 
     def formats(self, layer: LayerSpec) -> LayerFormat | None:
-        """The key format of one child and the value format of another, whose blocks have to be of one size."""
+        """The key format of one child and the value format of another."""
         self._require_layers(layer.layers)
-        found: dict[Side, LayerFormat | None] = {side: self._asked(layer, side) for side in SIDES}
+        found: dict[Side, LayerFormat | None] = {side: self._rotated(layer, side) for side in SIDES}
         if all(formats is None for formats in found.values()):
             return None
         formats: dict[Side, Format] = {
             side: EXACT if each is None else getattr(each, side) for side, each in found.items()
         }
-        # exact numbers are the same bytes in blocks of any size
-        blocks = {side: each.block for side, each in found.items() if each and formats[side].codes != "exact"}
-        if len(set(blocks.values())) > 1:
-            sides = self.sides(layer.index)
-            raise ValueError(
-                f"{self._where()}layer {layer.index}: keys and values leave the exact tail together, but "
-                f"{spec(sides.key)!r} packs blocks of {blocks['key']} tokens and {spec(sides.value)!r} of "
-                f"{blocks['value']}; give both the same block"
-            )
-        whole = next(each for side, each in found.items() if each and (side in blocks or not blocks))
-        combined = LayerFormat(key=formats["key"], value=formats["value"], block=whole.block)
+        block = self._block(layer, {side: each for side, each in found.items() if each is not None})
+        combined = LayerFormat.model_validate({**formats, "block": block})
         try:
             combined.require_fitting(layer.head_dim, layer.value_dim)
         except ValueError as error:
@@ -252,6 +246,46 @@ class Preset(Contents, Strategy):
                 f"encoding cannot tell them from those of the others; use it for the {side}s of all layers"
             )
         return formats
+
+    def _block(self, layer: LayerSpec, found: Mapping[Side, LayerFormat]) -> int:
+        """Tokens that both sides pack at a time: those of the side whose numbers are of a block, else the most."""
+        packed = {side: each for side, each in found.items() if getattr(each, side).codes != "exact"}
+        bound = {
+            side: each.block for side, each in packed.items() if self._of_a_block(layer, side, getattr(each, side))
+        }
+        if len(set(bound.values())) > 1:
+            sides = self.sides(layer.index)
+            raise ValueError(
+                f"{self._where()}layer {layer.index}: keys and values leave the exact tail together, but "
+                f"{spec(sides.key)!r} packs blocks of {bound['key']} tokens and {spec(sides.value)!r} of "
+                f"{bound['value']}; give both the same block"
+            )
+        return max(bound.values() or [each.block for each in (packed or found).values()])
+
+    def _of_a_block(self, layer: LayerSpec, side: Side, fmt: Format) -> bool:
+        """Whether what is packed differs with the tokens of a block; a token with a scale of its own does not."""
+        child = getattr(self.sides(layer.index), side)
+        # who fits tables to blocks, or packs them, expects its own
+        own = isinstance(child, CalibratedStrategy) or type(_encoder(child)).encode is not Strategy.encode
+        return own or fmt.scale == "channel" or (side == "value" and fmt.outliers > 0)
+
+    def _rotated(self, layer: LayerSpec, side: Side) -> LayerFormat | None:
+        """What the child of one side answers, in the basis that the preset rotates it to."""
+        formats = self._asked(layer, side)
+        if formats is None or not self.rotation.turns(side):
+            return formats
+        fmt: Format = getattr(formats, side)
+        if fmt.codes == "exact" or fmt.rotation != "none":
+            return formats
+        child = getattr(self.sides(layer.index), side)
+        if fmt.codes == "custom" or fmt.scale != "token" or isinstance(child, CalibratedStrategy):
+            raise ValueError(
+                f"{self._where()}layer {layer.index}: rotation mixes channels, and {spec(child)!r} packs {side}s with "
+                "scales of single channels, tables fitted to them, or bytes of its own; rotate the other side alone, "
+                "or take a strategy with a scale per token"
+            )
+        rotated = Format.model_validate({**dict(fmt), "rotation": "hadamard", "rotation_size": self.rotation.size})
+        return formats.model_copy(update={side: rotated})
 
     def _of(self, side: Side) -> list[Strategy]:
         """What encodes this side, each once."""

@@ -19,7 +19,7 @@ class Rotated(Strategy):
     """Per-token INT4 after a block-Hadamard rotation of keys, or of keys and values; no calibration."""
 
     name: ClassVar[str] = "rotated"
-    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"rotate": "both"}, {"rotate": "both", "rotation_size": None})
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"rotate": "both", "rotation_size": None})
     searchable: ClassVar[Mapping[str, Sequence[Any]]] = {
         "bits": (2, 3, 4, 8),
         "rotate": ("key", "both"),

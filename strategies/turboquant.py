@@ -32,7 +32,7 @@ class TurboQuant(Strategy):
         "turboquant_3bit_nc": {"key_bits": 3, "value_bits": 3},
     }
     variants: ClassVar[tuple[dict[str, Any], ...]] = (
-        *(dict(settings) for settings in aliases.values()),
+        {},
         {"boundary_layers": 0},
         {"key_bits": 3, "value_bits": 3, "boundary_layers": 0},
     )

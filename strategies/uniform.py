@@ -21,11 +21,9 @@ class Uniform(Strategy):
 
     name: ClassVar[str] = "uniform"
     variants: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"bits": 8},
         {"bits": 4},
         {"bits": 3},
         {"bits": 2},
-        {"bits": 4, "rotation": "hadamard"},
         {"bits": 2, "rotation": "hadamard"},
         {"bits": 4, "key_scale": "channel", "key_rope": "pre"},
         {"bits": 3, "key_scale": "channel", "key_rope": "pre"},

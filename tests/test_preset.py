@@ -150,9 +150,18 @@ def test_an_exact_side_takes_the_block_of_the_other():
     assert preset(default={"key": "none:block=256", "value": "uniform:block=32"}).formats(LAYER).block == 32
 
 
+def test_a_side_with_scales_of_a_block_gives_the_other_its_block():
+    for key, value, block in (
+        ("kivi", "uniform", 32),
+        ("turboquant:boundary_layers=0", "kvquant:calibration=prompt,block=64", 64),
+        ("uniform:block=32", "uniform:bits=2,block=64", 64),
+    ):
+        assert preset(default={"key": key, "value": value}).formats(LAYER).block == block
+
+
 def test_blocks_of_two_sizes_in_one_layer_are_refused_with_both_names():
-    mixed = preset(default={"key": "uniform:block=32", "value": "uniform:bits=2,block=64"})
-    with pytest.raises(ValueError, match=r"layer 0: .*'uniform:block=32'.* 32 .*'uniform:bits=2,block=64'.* 64"):
+    mixed = preset(default={"key": "kivi", "value": "kvquant:calibration=prompt"})
+    with pytest.raises(ValueError, match=r"layer 0: .*'kivi'.* 32 .*'kvquant:calibration=prompt'.* 128"):
         mixed.formats(LAYER)
 
 
@@ -390,3 +399,76 @@ def test_what_a_strategy_declares_searchable_it_accepts(cls):
 @pytest.mark.parametrize("name", ["uniform", "kvquant", "qnorm", "qaq", "h2o", "scissorhands"])
 def test_the_strategies_with_settings_declare_some_searchable(name):
     assert registry.get(name).searchable  # type: ignore[attr-defined]
+
+
+# --- rotation
+
+
+def test_a_preset_rotates_sides_whose_strategies_do_not():
+    made = registry.parse('preset:default={"key":"int8","value":"uniform:bits=2"},rotation={"sides":"both","size":16}')
+    formats = made.formats(LAYER)
+    assert [(each.rotation, each.rotation_size) for each in (formats.key, formats.value)] == [("hadamard", 16)] * 2
+    assert registry.parse(registry.spec(made)) == made
+    alone = registry.parse("preset:default=int8,rotation=key").formats(LAYER)
+    assert (alone.key.rotation, alone.value.rotation) == ("hadamard", "none")
+    # what a strategy rotates itself stays as it has it
+    own = registry.parse("preset:default=rotated,rotation=both").formats(LAYER)
+    assert (own.key.rotation_size, own.value.rotation_size) == (16, None)
+
+
+def test_a_rotated_preset_packs_what_the_rotated_strategy_packs():
+    model = tiny_model()
+    ids = torch.randint(2, 97, (2, 300), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for spec in ("preset:default=uniform,rotation=both", "uniform:rotation=hadamard", "uniform"):
+        cache = PackedCache(model, registry.parse(spec), residual_length=16)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            logits.append(model(ids[:, :1], past_key_values=cache).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("default", ["kivi", "kvquant:calibration=prompt", "fp8:scale=tensor"])
+def test_rotation_of_what_belongs_to_channels_is_refused(default):
+    made = registry.parse(f'preset:default={{"key":"{default}","value":"uniform"}},rotation=both')
+    with pytest.raises(ValueError, match="layer 0: rotation mixes channels"):
+        made.formats(LAYER)
+
+
+def test_rotation_survives_a_file(tmp_path):
+    path = file_of(tmp_path / "turned.json", rotation="value")
+    made = registry.parse(f"preset:{path}")
+    assert made.rotation.sides == "value"
+    assert made.describe()["rotation"] == "value"
+    presets.write(tmp_path / "again.json", made, {})
+    assert presets.read(tmp_path / "again.json").contents.rotation == made.rotation
+
+
+# --- composition
+
+
+BLOCKWISE = [
+    "none", "uniform", "int8", "fp8", "fp8:scale=head", "kivi", "rotated", "turboquant:boundary_layers=0",
+    "turboquant:key_bits=8,boundary_layers=0", "kvquant:calibration=prompt,block=32",
+    "qnorm:base=\"uniform:block=32\",calibration=prompt",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", BLOCKWISE)
+@pytest.mark.parametrize("key", BLOCKWISE)
+def test_any_two_strategies_share_a_layer_beside_others_with_sinks_and_skipped_layers(key, value):
+    """What a layer then holds is what its key strategy packs of keys, and its value strategy of values."""
+    sides = json.dumps({"key": key, "value": value})
+    options = {"sink_tokens": 2, "skip_layers": [1]}
+    made = registry.parse(f"preset:default={sides},options={json.dumps(options)}")
+    assert registry.parse(registry.spec(made)) == made
+    model = tiny_model()
+    cache = PackedCache(model, made, residual_length=16)
+    with torch.no_grad():
+        model(tokens(200), past_key_values=cache)
+        assert model(tokens(3), past_key_values=cache).logits.isfinite().all()
+    assert len(cache.packed_layers) == 1
+    formats = cache.packed_layers[0].formats
+    for side, spec in (("key", key), ("value", value)):
+        assert getattr(formats, side) == getattr(registry.parse(spec).formats(LAYER), side)
