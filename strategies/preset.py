@@ -249,7 +249,9 @@ class Preset(Contents, Strategy):
 
     def _block(self, layer: LayerSpec, found: Mapping[Side, LayerFormat]) -> int:
         """Tokens that both sides pack at a time: those of the side whose numbers are of a block, else the most."""
-        packed = {side: each for side, each in found.items() if getattr(each, side).codes != "exact"}
+        packed: dict[Side, LayerFormat] = {
+            side: each for side, each in found.items() if getattr(each, side).codes != "exact"
+        }
         bound = {
             side: each.block for side, each in packed.items() if self._of_a_block(layer, side, getattr(each, side))
         }

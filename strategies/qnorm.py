@@ -86,10 +86,11 @@ class QNorm(CalibratedStrategy):
                 f"Q-Norm moves the levels of a width; tokens of {registry.spec(self.base)!r} have widths of their own"
             )
         for fmt in () if formats is None else (formats.key, formats.value):
-            if fmt.codes in ("custom", "float8"):
+            if fmt.codes in ("custom", "float8") or fmt.unit != "range":
+                own = f"codes={fmt.codes!r}" if fmt.unit == "range" else f"levels in units of {fmt.unit!r}"
                 raise ValueError(
-                    f"Q-Norm moves levels of affine grids and codebooks; {registry.spec(self.base)!r} has "
-                    f"codes={fmt.codes!r}"
+                    f"Q-Norm moves levels of affine grids and codebooks within a range; {registry.spec(self.base)!r} "
+                    f"has {own}"
                 )
             if fmt.scale == "static" and not isinstance(self.base, CalibratedStrategy):
                 raise ValueError(

@@ -188,10 +188,12 @@ class Odd(Strategy):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (Odd(), "'odd' has codes of its own"),
+        (Odd(), "'odd' has codes='custom'"),
         (Odd(codes="static"), "derive it from CalibratedStrategy"),
+        ("fp8", "'fp8' has codes='float8'"),
+        ("turboquant:boundary_layers=0", "has levels in units of 'norm'"),
     ],
-    ids=["custom", "static"],
+    ids=["custom", "static", "floats", "norms"],
 )
 def test_bases_without_levels_on_known_grids_are_refused(model, base, message):
     strategy = QNorm(base=base, calibration="prompt")
