@@ -7,6 +7,7 @@ from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.doctor import doctor
 from .commands.listing import list_all
+from .commands.new import new
 from .commands.plan import plan
 from .commands.tune import tune
 
@@ -19,7 +20,7 @@ def main() -> None:
 
 
 app.command("list")(list_all)
-for command in (bench, compare, plan, tune, calibrate, doctor):
+for command in (new, bench, compare, plan, tune, calibrate, doctor):
     app.command()(command)
 
 

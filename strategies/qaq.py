@@ -1,7 +1,7 @@
 """QAQ: for every token as many bits as attention needs, decided anew while decoding.
 
 Dong et al., https://arxiv.org/abs/2403.04643. Values get bits by the attention they received, keys by the norm of
-queries, both by their own range. `docs/qaq.md` says when to use which field, and where this differs.
+queries, both by their own range. `docs/strategies/qaq.md` says when to use which field, and where this differs.
 """
 
 import math

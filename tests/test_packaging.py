@@ -88,7 +88,7 @@ def test_every_folder_of_code_is_listed():
 
 
 @in_checkout
-def test_data_patterns_find_the_type_marker_the_papers_tables_the_page_and_the_reference_model():
+def test_data_patterns_find_the_type_marker_the_papers_tables_the_templates_and_the_reference_model():
     patterns = tomllib.loads(PYPROJECT.read_text())["tool"]["setuptools"]["package-data"]
     found = {
         path.relative_to(ROOT).as_posix()
@@ -98,8 +98,12 @@ def test_data_patterns_find_the_type_marker_the_papers_tables_the_page_and_the_r
     }
     model = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks" / "reference_model").iterdir()}
     papers = {f"benchmarks/papers/{name}.json" for name in ("kvquant", "qaq")}
-    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks" / "report" / "template").iterdir()}
-    assert found == {"py.typed"} | papers | page | model
+    templates = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("report", "scaffold")
+        for path in (ROOT / "benchmarks" / folder / "template").iterdir()
+    }
+    assert found == {"py.typed"} | papers | templates | model
 
 
 def test_installed_files_are_the_package_and_nothing_else():
