@@ -15,7 +15,7 @@ from ..core import LayerFormat, LayerSpec, MixedFormat
 from ..core.calibration import CalibratedStrategy
 from ..kernels import backend, fused
 from ..kernels.format import row_bits
-from ..registry.plugins import DuplicateStrategy, Plugins
+from ..registry.plugins import Plugins
 from .environment import Environment
 
 # any layer of a usual model: strategies are asked what they would do with it
@@ -187,11 +187,8 @@ def _gpu(index: int) -> str:
 def _strategies() -> tuple[tuple[Found, ...], tuple[str, ...]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            # afresh: the registry of this process tells of a broken plugin once
-            offers = Plugins().offers()
-        except DuplicateStrategy as error:
-            return (), (*_skipped(caught), str(error))
+        # afresh: the registry of this process tells of a broken plugin once
+        offers = Plugins().offers()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = tuple(_found(offer.offered, offer.plugin) for offer in offers)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..core import CacheQuantizer
@@ -36,25 +37,29 @@ _plugins = Plugins()
 def get(name: str) -> Callable[..., CacheQuantizer]:
     """The strategy class of that name; call it with its settings.
 
+    An alias gives the class with settings already in place, which those of the call override.
+
     Raises UnknownStrategy, listing what is installed, and DuplicateStrategy if two plugins claim the name.
     """
-    return _plugins.offer(name).offered
+    offer = _plugins.offer(name)
+    settings = offer.settings(name)
+    return partial(offer.offered, **settings) if settings else offer.offered
 
 
 def names() -> list[str]:
-    """The names of all installed strategies, sorted."""
+    """The names of all installed strategies, sorted; aliases are in their descriptions."""
     return list(strategies())
 
 
 def strategies() -> dict[str, type[Any]]:
-    """All installed strategy classes by name; raises DuplicateStrategy if two plugins claim one name."""
+    """All installed strategy classes by name; a name that two plugins claim is left out, with a RuntimeWarning."""
     return {offer.offered.name: offer.offered for offer in _plugins.offers()}
 
 
 def describe(name: str) -> Description:
-    """What a strategy does, where it comes from, and the settings it takes."""
+    """What a strategy does, where it comes from, and the settings it takes: for an alias, with what it stands for."""
     offer = _plugins.offer(name)
-    return descriptions.describe(offer.offered, offer.plugin)
+    return descriptions.describe(offer.offered, offer.plugin, name)
 
 
 def parse(text: str) -> CacheQuantizer:
@@ -66,12 +71,18 @@ def parse(text: str) -> CacheQuantizer:
 
 
 def spec(strategy: CacheQuantizer) -> str:
-    """The shortest text that `parse` turns into an equal strategy: fields at their default are left out."""
+    """The shortest text that `parse` turns into an equal strategy: fields at their default are left out, and aliases
+    are written as what they stand for.
+    """
     return lookup.spec(strategy)
 
 
 def register(plugin: object, name: str) -> None:
-    """Add a plugin of this process, in a notebook or a test: any object with one of the hooks of `hookspecs`."""
+    """Add a plugin of this process, in a notebook or a test: any object with one of the hooks of `hookspecs`.
+
+    Raises TypeError for what is no strategy or was written for another contract, DuplicateStrategy where a name is
+    that of a built-in one, and ValueError where a plugin of that name is there already.
+    """
     _plugins.register(plugin, name)
     # else the built-in tasks are not even imported
     if hasattr(plugin, TASK.hook):

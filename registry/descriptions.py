@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
+from . import specs
+
 _CONSTRAINTS = {
     "ge": ">=",
     "gt": ">",
@@ -41,19 +43,40 @@ class Description(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
+    """Its own, or the alias it was asked for by."""
+    stands_for: str
+    """The spec that the name is short for: itself, or what an alias means."""
+    aliases: Mapping[str, str]
+    """The other names it is found by, each with the spec it is short for."""
     summary: str
     """The first line of the class's docstring."""
     plugin: str
     module: str
     fields: tuple[FieldDescription, ...]
+    """With the defaults of the name asked for."""
 
 
-def describe(strategy: type[Any], plugin: str) -> Description:
-    """Read off the class what it says about itself."""
+def describe(strategy: type[Any], plugin: str, name: str | None = None) -> Description:
+    """Read off the class what it says about itself. name: one of its aliases; None: its own name."""
     # a class without docstring would inherit, and show, that of its base
     summary = (strategy.__dict__.get("__doc__") or "").strip().partition("\n")[0]
-    described = tuple(_field(name, field) for name, field in fields(strategy).items())
-    return Description(name=strategy.name, summary=summary, plugin=plugin, module=strategy.__module__, fields=described)
+    given = aliases(strategy)
+    short = {alias: specs.join(strategy.name, settings(strategy(**each))) for alias, each in given.items()}
+    asked: str = strategy.name if name is None else name
+    return Description(
+        name=asked,
+        stands_for=short.get(asked, asked),
+        aliases=short,
+        summary=summary,
+        plugin=plugin,
+        module=strategy.__module__,
+        fields=tuple(_field(field, info, given.get(asked, {})) for field, info in fields(strategy).items()),
+    )
+
+
+def aliases(strategy: type[Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The other names of a class, each with the settings it stands for; those of its bases remain theirs."""
+    return strategy.__dict__.get("aliases", {})
 
 
 def fields(strategy: type[Any]) -> Mapping[str, FieldInfo]:
@@ -88,12 +111,14 @@ def _parameter(parameter: inspect.Parameter) -> FieldInfo:
     return FieldInfo(annotation=annotation, default=parameter.default)
 
 
-def _field(name: str, field: FieldInfo) -> FieldDescription:
+def _field(name: str, field: FieldInfo, given: Mapping[str, Any]) -> FieldDescription:
+    """given: settings that an alias puts in the place of defaults."""
+    required = field.is_required() and name not in given
     return FieldDescription(
         name=name,
         type=_type_text(field.annotation),
-        required=field.is_required(),
-        default=None if field.is_required() else _default(field),
+        required=required,
+        default=given[name] if name in given else None if required else _default(field),
         allowed=_allowed(field.annotation),
         constraints=tuple(_constraints(field)),
         description=field.description or "",

@@ -8,14 +8,15 @@ from .plugins import Plugins
 
 
 def parse(plugins: Plugins, text: str) -> Any:
-    """What a spec such as `uniform:bits=4,group_size=64` describes.
+    """What a spec such as `uniform:bits=4,group_size=64` describes; an alias stands for its settings.
 
     Raises the kind's error for the name and ValueError for what cannot be read or does not fit the fields.
     """
     name = specs.named(text)
-    offered = plugins.offer(name).offered if name else None
-    name, values = specs.split(text, getattr(offered, "positional", None))
-    assert offered is not None  # a text without a name is refused above
+    offer = plugins.offer(name) if name else None
+    name, values = specs.split(text, getattr(offer.offered, "positional", None) if offer else None)
+    assert offer is not None  # a text without a name is refused above
+    offered = offer.offered
     fields = descriptions.fields(offered)
     for field in values:
         if field not in fields:
@@ -25,7 +26,8 @@ def parse(plugins: Plugins, text: str) -> Any:
             raise ValueError(
                 f"{plugins.kind.word} {name!r} has no field {field!r} (from {text!r}); it takes {allowed}{hint}"
             )
-    return offered(**{k: specs.read(value, descriptions.accepts_none(fields[k])) for k, value in values.items()})
+    given = {field: specs.read(value, descriptions.accepts_none(fields[field])) for field, value in values.items()}
+    return offered(**{**offer.settings(name), **given})
 
 
 def spec(offered: Any) -> str:

@@ -4,21 +4,38 @@ import importlib
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import groupby
 from threading import RLock
 from typing import Any, NamedTuple
 
 import pluggy
 
 from ..core import CacheQuantizer, Strategy
-from . import hookspecs
+from ..core.protocol import CONTRACT_VERSION
+from . import descriptions, hookspecs
 
-BUILTIN = ("none", "uniform", "kvquant", "qnorm", "qaq", "h2o", "scissorhands", "preset")
+BUILTIN = (
+    "none",
+    "uniform",
+    "int8",
+    "fp8",
+    "kivi",
+    "rotated",
+    "turboquant",
+    "kvquant",
+    "qnorm",
+    "qaq",
+    "h2o",
+    "scissorhands",
+    "preset",
+)
 TASKS = ("perplexity", "passkey", "needle", "continuation", "speed", "lm_eval")
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_ALIAS = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
 _METHODS = [name for name, value in vars(CacheQuantizer).items() if callable(value) and not name.startswith("_")]
 
 
@@ -28,6 +45,14 @@ class UnknownStrategy(LookupError):
 
 class DuplicateStrategy(ValueError):
     """Two plugins offer a strategy of the same name."""
+
+
+class UnusablePlugin(TypeError):
+    """A plugin offers what is no strategy or task, or nothing."""
+
+
+class OtherContract(UnusablePlugin):
+    """A plugin offers a strategy that was written for another version of the contract."""
 
 
 class UnknownTask(LookupError):
@@ -51,6 +76,8 @@ class Kind:
     """What keeps a class from being one."""
     unknown: type[LookupError]
     duplicate: type[ValueError]
+    contract: int | None = None
+    """The version of what they have to keep; None: there are no versions of it."""
 
 
 class Offer(NamedTuple):
@@ -58,6 +85,19 @@ class Offer(NamedTuple):
 
     plugin: str
     offered: type[Any]
+
+    @property
+    def aliases(self) -> Mapping[str, Mapping[str, Any]]:
+        """Other names it is found by, and the settings they stand for."""
+        return descriptions.aliases(self.offered)
+
+    def goes_by(self, name: str) -> bool:
+        """Whether it is found by that name."""
+        return name == self.offered.name or name in self.aliases
+
+    def settings(self, name: str) -> Mapping[str, Any]:
+        """What one of its names stands for: nothing but itself, or the settings of an alias."""
+        return {} if name == self.offered.name else self.aliases[name]
 
     def __str__(self) -> str:
         return f"plugin {self.plugin!r} ({self.offered.__module__}.{self.offered.__qualname__})"
@@ -71,12 +111,17 @@ class Plugins:
         self._lock = RLock()
         self._manager: pluggy.PluginManager | None = None
         self._offers: list[Offer] = []
+        self._builtin: list[Offer] = []
 
     def register(self, plugin: object, name: str) -> None:
-        """Add an object with one of the hooks. Nothing is added if it raises."""
+        """Add an object with one of the hooks. Nothing is added if it raises.
+
+        Raises UnusablePlugin, the kind's error where a name is that of a built-in one, and ValueError where a plugin
+        of that name is there already.
+        """
         with self._lock:
             manager = self._discovered()
-            self._offers = self._offers + _add(self.kind, manager, plugin, name)
+            self._offers = self._offers + _add(self.kind, manager, plugin, name, self._builtin)
 
     def unregister(self, name: str) -> None:
         """Remove a plugin and what it offers."""
@@ -94,19 +139,28 @@ class Plugins:
             return self._manager is not None and self._manager.has_plugin(name)
 
     def offer(self, name: str) -> Offer:
-        """The one of this name."""
+        """The one of this name, or alias."""
         offers = self._all()
-        found = [offer for offer in offers if offer.offered.name == name]
+        found = [offer for offer in offers if offer.goes_by(name)]
         if not found:
-            raise self.kind.unknown(_unknown(self.kind.word, name, sorted({offer.offered.name for offer in offers})))
-        _refuse_duplicates(self.kind, found)
+            raise self.kind.unknown(_unknown(self.kind.word, name, offers))
+        if len(found) > 1:
+            raise self.kind.duplicate(_dispute(self.kind, name, found))
         return found[0]
 
     def offers(self) -> list[Offer]:
-        """All of them, by name."""
-        offers = self._all()
-        _refuse_duplicates(self.kind, offers)
-        return sorted(offers, key=lambda offer: offer.offered.name)
+        """All of them, by name; what two plugins offer by one name is left out, with a RuntimeWarning."""
+        offers = sorted(self._all(), key=lambda offer: offer.offered.name)
+        undisputed: list[Offer] = []
+        for name, same in groupby(offers, key=lambda offer: offer.offered.name):
+            claims = [*same, *(offer for offer in offers if name in offer.aliases)]
+            if len(claims) == 1:
+                undisputed += claims
+                continue
+            # the others go on working; who asks for this one is told again, by an error
+            message = f"skipped plugins that collide: {_dispute(self.kind, name, claims)}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return undisputed
 
     def _all(self) -> list[Offer]:
         with self._lock:
@@ -121,9 +175,9 @@ class Plugins:
         offers = []
         for word in self.kind.builtin:
             module = importlib.import_module(f"{self.kind.package}.{word}", __package__)
-            offers += _add(self.kind, manager, module, f"{hookspecs.PROJECT}:{word}")
+            offers += _add(self.kind, manager, module, f"{hookspecs.PROJECT}:{word}", ())
         # set before third parties load, which may build on what they look up here
-        self._manager, self._offers = manager, offers
+        self._manager, self._offers, self._builtin = manager, offers, offers
         try:
             for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
                 self._load(manager, entry)
@@ -135,21 +189,23 @@ class Plugins:
     def _load(self, manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint) -> None:
         plugin = f"{entry.dist.name}:{entry.name}" if entry.dist else entry.name
         try:
-            self._offers = self._offers + _add(self.kind, manager, entry.load(), plugin)
-        except Exception as error:
-            # one broken plugin must not take the others down
-            message = f"skipped plugin {plugin!r} ({entry.value}): {error!r}; repair or uninstall it"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            self._offers = self._offers + _add(self.kind, manager, entry.load(), plugin, self._builtin)
+        # one broken plugin must not take the others down, nor end a process it was not asked about
+        except (Exception, SystemExit) as error:
+            known = isinstance(error, self.kind.duplicate | UnusablePlugin)
+            advised = isinstance(error, self.kind.duplicate | OtherContract)
+            reason = f"{error if known else repr(error)}{'' if advised else '; repair or uninstall it'}"
+            warnings.warn(f"skipped plugin {plugin!r} ({entry.value}): {reason}", RuntimeWarning, stacklevel=2)
 
 
-def _add(kind: Kind, manager: pluggy.PluginManager, plugin: object, name: str) -> list[Offer]:
+def _add(kind: Kind, manager: pluggy.PluginManager, plugin: object, name: str, builtin: Sequence[Offer]) -> list[Offer]:
     """Register `plugin` and return what it offers; raises, with the manager unchanged, if that is not usable."""
     if manager.has_plugin(name):
         raise ValueError(f"a plugin named {name!r} is registered already; unregister it first or choose another name")
     manager.register(plugin, name)
     try:
         if not manager.get_hookcallers(plugin):
-            raise TypeError(
+            raise UnusablePlugin(
                 f"plugin {name!r} implements no hook; give it a function `{kind.hook}` that is decorated "
                 f"with cachequant.registry.hookspecs.hookimpl and returns a list of {kind.word} classes"
             )
@@ -157,14 +213,59 @@ def _add(kind: Kind, manager: pluggy.PluginManager, plugin: object, name: str) -
         # a plugin may offer something else alone
         offered = next((hook.function() for hook in caller.get_hookimpls() if hook.plugin is plugin), ())
         if not isinstance(offered, list | tuple):
-            raise TypeError(f"{kind.hook}() of plugin {name!r} must return a list, got {offered!r}")
-        for each in offered:
-            if missing := _missing(kind, each):
-                raise TypeError(f"plugin {name!r} offers {each!r}, which is no {kind.word}: {'; '.join(missing)}")
-        return [Offer(name, each) for each in offered]
-    except Exception:
+            raise UnusablePlugin(f"{kind.hook}() of plugin {name!r} must return a list, got {offered!r}")
+        offers = [Offer(name, each) for each in offered]
+        for offer in offers:
+            _require_usable(kind, offer)
+            _require_names_of_its_own(kind, offer, builtin)
+        return offers
+    except BaseException:
         manager.unregister(plugin)
         raise
+
+
+def _require_usable(kind: Kind, offer: Offer) -> None:
+    """Raise UnusablePlugin, saying what to do, for what could not be used under its names."""
+    plugin, offered = offer
+    if missing := _missing(kind, offered):
+        raise UnusablePlugin(f"plugin {plugin!r} offers {offered!r}, which is no {kind.word}: {'; '.join(missing)}")
+    contract = getattr(offered, "contract", None)
+    if kind.contract is not None and contract not in (None, kind.contract):
+        raise OtherContract(
+            f"plugin {plugin!r} offers {offered.name!r}, written for contract {contract!r}; this cachequant has "
+            f"contract {kind.contract}. Upgrade the plugin, or install a cachequant whose contract is {contract!r}. "
+            f"Its author runs cachequant.core.contract.check_strategy, and writes contract = {kind.contract} when it "
+            "passes"
+        )
+    if problems := _unusable_aliases(offer):
+        raise UnusablePlugin(f"plugin {plugin!r} offers {offered.name!r} with aliases: {'; '.join(problems)}")
+
+
+def _unusable_aliases(offer: Offer) -> list[str]:
+    aliases: Any = offer.aliases
+    if not isinstance(aliases, Mapping):
+        return [f"they are {aliases!r}; write a mapping of names to settings"]
+    problems = []
+    for alias, settings in aliases.items():
+        if not isinstance(alias, str) or not _ALIAS.fullmatch(alias):
+            problems.append(f"{alias!r} is no alias; use lower-case words joined by hyphens or underscores")
+            continue
+        if alias == offer.offered.name:
+            problems.append(f"{alias!r} is its name; leave it out")
+            continue
+        try:
+            offer.offered(**settings)
+        except Exception as error:
+            problems.append(f"{alias!r} stands for {settings!r}, which does not build: {error}")
+    return problems
+
+
+def _require_names_of_its_own(kind: Kind, offer: Offer, builtin: Sequence[Offer]) -> None:
+    """Raise the kind's error where a name or alias is that of a built-in one."""
+    for name in (offer.offered.name, *offer.aliases):
+        taken = next((each for each in builtin if each.goes_by(name)), None)
+        if taken is not None:
+            raise kind.duplicate(f"{_claims(kind, name, (taken, offer))}; rename that of {offer.plugin!r}")
 
 
 def _missing(kind: Kind, offered: object) -> list[str]:
@@ -198,24 +299,24 @@ def _defines(strategy: type[Any], method: str) -> bool:
     return callable(found) and found not in (getattr(CacheQuantizer, method), Strategy.formats)
 
 
-def _unknown(word: str, name: str, names: list[str]) -> str:
+def _unknown(word: str, name: str, offers: Sequence[Offer]) -> str:
     if ":" in name:
         return f"no {word} named {name!r}; registry.parse({name!r}) reads names with settings"
-    close = get_close_matches(name, names, n=1)
+    names = sorted({offer.offered.name for offer in offers})
+    aliases = sorted({alias for offer in offers for alias in offer.aliases})
+    close = get_close_matches(name, [*names, *aliases], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no {word} named {name!r}; installed: {', '.join(names)}{hint}"
+    known = ", ".join(names) + (f"; aliases: {', '.join(aliases)}" if aliases else "")
+    return f"no {word} named {name!r}; installed: {known}{hint}"
 
 
-def _refuse_duplicates(kind: Kind, offers: list[Offer]) -> None:
-    seen: dict[str, Offer] = {}
-    for offer in offers:
-        name = offer.offered.name
-        if name in seen:
-            raise kind.duplicate(
-                f"{seen[name]} and {offer} both offer a {kind.word} named {name!r}; "
-                f"uninstall one or rename its {kind.word}"
-            )
-        seen[name] = offer
+def _dispute(kind: Kind, name: str, offers: Sequence[Offer]) -> str:
+    return f"{_claims(kind, name, offers)}; uninstall one or rename its {kind.word}"
+
+
+def _claims(kind: Kind, name: str, offers: Sequence[Offer]) -> str:
+    number = "both" if len(offers) == 2 else "all"
+    return f"{' and '.join(map(str, offers))} {number} offer a {kind.word} named {name!r}"
 
 
 STRATEGY = Kind(
@@ -226,5 +327,6 @@ STRATEGY = Kind(
     _undefined_methods,
     UnknownStrategy,
     DuplicateStrategy,
+    CONTRACT_VERSION,
 )
 TASK = Kind("task", "cachequant_tasks", "..benchmarks.tasks", TASKS, _no_task, UnknownTask, DuplicateTask)

@@ -1,6 +1,7 @@
 """KVQuant: non-uniform codes, per-channel keys before RoPE, and a share of outliers exact.
 
-Hooper et al., https://arxiv.org/abs/2401.18079. `docs/strategies/kvquant.md` says when to use which field, and where this differs.
+Hooper et al., https://arxiv.org/abs/2401.18079. `docs/strategies/kvquant.md` says when to use which field, and where it
+differs.
 """
 
 from collections.abc import Mapping, Sequence

@@ -76,24 +76,19 @@ def own():
 # --- the contract, in settings that the variants do not cover
 
 
-@pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-@pytest.mark.parametrize(
-    "settings",
-    [
-        MIXED,
-        {"default": {"key": "none", "value": "uniform:bits=3,block=32"}},
-        {"default": "uniform:key_scale=channel,key_rope=pre", "layers": {0: "none"}},
-    ],
-    ids=["calibrated", "exact keys", "before RoPE in one layer"],
+@contract.parametrize_with_strategies(
+    preset(**MIXED),
+    preset(default={"key": "none", "value": "uniform:bits=3,block=32"}),
+    preset(default="uniform:key_scale=channel,key_rope=pre", layers={0: "none"}),
+    preset(default={"key": "kivi", "value": "turboquant:boundary_layers=0"}, rotation="value"),
 )
-def test_presets_keep_the_contract(settings, check):
-    check(preset(**settings))
+def test_presets_keep_the_contract(strategy, check):
+    check(strategy)
 
 
 def test_bytes_of_a_strategys_own_making_keep_the_contract(own):
     mixed = preset(default={"key": "own", "value": "uniform"}, layers={1: "uniform:bits=8"})
-    for check in contract.CHECKS:
-        check(mixed)
+    contract.check_strategy(mixed)
 
 
 # --- who packs what

@@ -1,18 +1,25 @@
 """Strategies are found by name, read from and written to one line of text, and come in through one door."""
 
 import importlib.metadata
+import json
 import types
+import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from typer.testing import CliRunner
 
 from cachequant import registry
+from cachequant.benchmarks.cli import app
+from cachequant.benchmarks.contenders import candidates
 from cachequant.core import CacheQuantizer, Format, LayerFormat, LayerSpec, Strategy
-from cachequant.registry import plugins
+from cachequant.core.protocol import CONTRACT_VERSION
+from cachequant.registry import plugins, tasks
 from cachequant.registry.hookspecs import hookimpl
 
 
@@ -76,6 +83,29 @@ class Duck:
     def decode(self, packed, fmt, side, block, tables): ...
 
 
+class Short(Strategy):
+    """Two names for its settings."""
+
+    name: ClassVar[str] = "short"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "short_4bit": {"key_bits": 4, "value_bits": 4},
+        "short-k8v4": {"key_bits": 8, "value_bits": 4},
+    }
+
+    key_bits: Literal[2, 4, 8] = 4
+    value_bits: Literal[2, 4, 8] = 2
+    boundary: int = 2
+
+    @model_validator(mode="after")
+    def _values_are_not_wider(self):
+        if self.value_bits > self.key_bits:
+            raise ValueError("values cannot be wider than keys")
+        return self
+
+    def formats(self, layer: LayerSpec) -> LayerFormat:
+        return LayerFormat(key=Format(bits=self.key_bits), value=Format(bits=self.value_bits))
+
+
 def plugin_of(*strategies: Any) -> Any:
     class Plugin:
         @hookimpl
@@ -104,7 +134,7 @@ class FakeEntryPoint:
         self.plugin = plugin
 
     def load(self) -> Any:
-        if isinstance(self.plugin, Exception):
+        if isinstance(self.plugin, BaseException):
             raise self.plugin
         return self.plugin() if isinstance(self.plugin, types.FunctionType) else self.plugin
 
@@ -120,6 +150,7 @@ def installed(monkeypatch):
 
         monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
         monkeypatch.setattr(registry, "_plugins", plugins.Plugins())
+        monkeypatch.setattr(tasks, "plugins", plugins.Plugins(plugins.TASK))
 
     return install
 
@@ -215,21 +246,32 @@ def test_unregistering_an_unknown_plugin_lists_the_known():
         registry.unregister("nobody")
 
 
-def test_two_plugins_with_one_strategy_name_raise_and_are_both_named():
+def test_a_name_that_two_plugins_claim_is_refused_and_both_are_named():
     with registered(Sample, name="first"), registered(Sample, name="second"):
-        for look in (lambda: registry.get("sample"), lambda: registry.describe("sample"), registry.names):
+        for look in (registry.get, registry.describe, registry.parse):
             with pytest.raises(registry.DuplicateStrategy, match=r"'first'.*'second'.*'sample'; uninstall one or"):
-                look()
-        assert registry.get("uniform").__name__ == "Uniform", "a dispute about another name must not matter"
+                look("sample")
     assert issubclass(registry.DuplicateStrategy, ValueError)
+
+
+def test_all_other_names_go_on_working_while_two_plugins_claim_one():
+    before = registry.names()
+    with registered(Sample, Plain, name="first"), registered(Sample, name="second"):
+        assert registry.get("uniform").__name__ == "Uniform"
+        message = r"skipped plugins that collide: .*'first'.*'second'.*'sample'; uninstall one"
+        for look in (registry.names, registry.strategies):
+            with pytest.warns(RuntimeWarning, match=message) as caught:
+                assert set(look()) == {*before, "plain"}
+            assert len(caught) == 1
 
 
 def test_builtin_name_cannot_be_taken_over():
     class Impostor(Sample):
         name: ClassVar[str] = "uniform"
 
-    with registered(Impostor), pytest.raises(registry.DuplicateStrategy, match=r"'cachequant:uniform'.*'tests'"):
-        registry.get("uniform")
+    with pytest.raises(registry.DuplicateStrategy, match=r"'cachequant:uniform'.*'tests'.*; rename that of 'tests'"):
+        registry.register(plugin_of(Impostor), "tests")
+    assert registry.get("uniform").__name__ == "Uniform"
 
 
 class Nameless(Strategy):
@@ -313,6 +355,88 @@ def test_installed_plugins_that_share_a_strategy_name_raise_on_lookup(installed)
         registry.get("sample")
 
 
+def test_installed_plugin_that_takes_a_builtin_name_is_skipped_with_a_warning(installed):
+    class Impostor(Sample):
+        name: ClassVar[str] = "uniform"
+
+    installed(
+        FakeEntryPoint("fake", plugin_of(Impostor), dist="impostors"), FakeEntryPoint("sample", plugin_of(Sample))
+    )
+    message = r"skipped plugin 'impostors:fake' \(fake_module\): .*named 'uniform'; rename that of 'impostors:fake'$"
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        assert "sample" in registry.names()
+    assert len(caught) == 1
+    assert registry.get("uniform").__name__ == "Uniform"
+
+
+def test_installed_plugin_that_takes_a_builtin_alias_is_skipped_with_a_warning(installed):
+    alias = next(alias for cls in registry.strategies().values() for alias in getattr(cls, "aliases", {}))
+
+    class Impostor(Short):
+        aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {alias: {"key_bits": 8}}
+
+    installed(FakeEntryPoint("fake", plugin_of(Impostor)))
+    with pytest.warns(RuntimeWarning, match=rf"skipped plugin 'fake' .* both offer a strategy named '{alias}'; rename"):
+        assert "short" not in registry.names()
+    assert registry.spec(registry.parse(alias)).partition(":")[0] != "short"
+
+
+def test_plugin_that_ends_the_process_on_import_is_skipped_with_a_warning(installed):
+    installed(FakeEntryPoint("quitter", SystemExit(2)), FakeEntryPoint("sample", plugin_of(Sample)))
+    with pytest.warns(RuntimeWarning, match=r"skipped plugin 'quitter' \(quitter_module\): SystemExit\(2\); repair or"):
+        assert "sample" in registry.names()
+
+
+def of_contract(version: int | None) -> type[Strategy]:
+    class Dated(Sample):
+        name: ClassVar[str] = "dated"
+        contract: ClassVar[int | None] = version
+
+    return Dated
+
+
+def test_plugin_for_another_contract_is_skipped_and_told_what_to_do(installed):
+    later = of_contract(CONTRACT_VERSION + 1)
+    installed(FakeEntryPoint("dated", plugin_of(later), dist="later"), FakeEntryPoint("sample", plugin_of(Sample)))
+    message = (
+        rf"skipped plugin 'later:dated' .*written for contract {CONTRACT_VERSION + 1}; this cachequant has contract "
+        rf"{CONTRACT_VERSION}\. Upgrade the plugin, or install a cachequant whose contract is {CONTRACT_VERSION + 1}\. "
+        r".*check_strategy"
+    )
+    with pytest.warns(RuntimeWarning, match=message):
+        assert "dated" not in registry.names()
+    assert registry.get("sample") is Sample
+
+
+def test_plugin_for_another_contract_cannot_be_registered():
+    message = rf"plugin 'tests' offers 'dated', written for contract {CONTRACT_VERSION + 1}"
+    with pytest.raises(TypeError, match=message):
+        registry.register(plugin_of(of_contract(CONTRACT_VERSION + 1)), "tests")
+    assert "dated" not in registry.names()
+
+
+@pytest.mark.parametrize("version", [None, CONTRACT_VERSION])
+def test_plugin_for_this_contract_is_registered(version):
+    with registered(of_contract(version)):
+        assert "dated" in registry.names()
+
+
+def test_list_tells_of_skipped_plugins_once_and_below_all_else(installed):
+    installed(
+        FakeEntryPoint("broken", ImportError("no module named 'fp8_lib'"), dist="broken-dist"),
+        FakeEntryPoint("a", plugin_of(Sample, Plain)),
+        FakeEntryPoint("b", plugin_of(Sample)),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = CliRunner().invoke(app, ["list"])
+    assert result.exit_code == 0
+    assert "plain" in result.stdout and "uniform" in result.stdout and "warning" not in result.stdout
+    first, second = result.stderr.splitlines()
+    assert first.startswith("warning: skipped plugin 'broken-dist:broken' (broken_module): ImportError(")
+    assert second.startswith("warning: skipped plugins that collide: plugin 'a' ")
+
+
 def test_plugin_may_build_on_a_strategy_it_looks_up(installed):
     def load():
         base: Any = registry.get("uniform")
@@ -349,6 +473,137 @@ def test_interrupted_discovery_is_started_over(installed):
     with pytest.raises(KeyboardInterrupt):
         registry.names()
     assert "sample" in registry.names()
+
+
+# --- aliases
+
+
+@pytest.mark.parametrize("alias", ["short_4bit", "short-k8v4"])
+def test_an_alias_builds_the_strategy_with_its_settings(alias):
+    with registered(Short):
+        assert registry.get(alias)() == registry.parse(alias) == Short(**Short.aliases[alias])
+
+
+def test_settings_of_an_alias_can_be_overridden():
+    with registered(Short):
+        expected = Short(key_bits=8, value_bits=2, boundary=0)
+        assert registry.get("short-k8v4")(boundary=0, value_bits=2) == expected
+        assert registry.parse("short-k8v4:boundary=0,value_bits=2") == expected
+
+
+def test_specs_and_lists_of_names_know_no_aliases():
+    with registered(Short):
+        assert registry.spec(registry.parse("short-k8v4")) == "short:key_bits=8,value_bits=4"
+        assert "short" in registry.names()
+        assert not set(Short.aliases) & set(registry.names())
+
+
+def test_an_alias_is_described_with_its_settings_in_place():
+    with registered(Short):
+        plain, short = registry.describe("short"), registry.describe("short-k8v4")
+    assert (plain.name, plain.stands_for) == ("short", "short")
+    assert plain.aliases == {"short_4bit": "short:value_bits=4", "short-k8v4": "short:key_bits=8,value_bits=4"}
+    assert (short.name, short.stands_for) == ("short-k8v4", "short:key_bits=8,value_bits=4")
+    assert [field.default for field in plain.fields] == [4, 2, 2]
+    assert [field.default for field in short.fields] == [8, 4, 2]
+
+
+def test_an_alias_may_fill_a_required_field():
+    class Sated(Needy):
+        name: ClassVar[str] = "sated"
+        aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sated4": {"bits": 4}}
+
+    with registered(Sated):
+        (field,) = registry.describe("sated4").fields
+        assert (field.required, field.default) == (False, 4)
+        assert registry.describe("sated").fields[0].required
+        assert registry.parse("sated4").bits == 4
+
+
+def test_a_misspelt_alias_is_guessed():
+    with (
+        registered(Short),
+        pytest.raises(registry.UnknownStrategy, match=r"; aliases: .*short-k8v4.*did you mean 'short-k8v4'"),
+    ):
+        registry.parse("short-k8v5")
+
+
+def test_list_shows_what_aliases_stand_for():
+    with registered(Short):
+        lines = CliRunner().invoke(app, ["list"]).stdout.splitlines()
+    assert "  short-k8v4 is short:key_bits=8,value_bits=4" in lines
+
+
+@pytest.mark.parametrize(
+    ("aliases", "complaint"),
+    [
+        ({"Short": {}}, "'Short' is no alias; use lower-case words joined by hyphens or underscores"),
+        ({"short:k8": {}}, "'short:k8' is no alias"),
+        ({"s8": {"bits": 8}}, "'s8' stands for {'bits': 8}, which does not build: .*bits"),
+        ({"s2": {"key_bits": 2, "value_bits": 4}}, "'s2' stands for .*values cannot be wider than keys"),
+        ({"s2": None}, "'s2' stands for None, which does not build"),
+        ({"faulty": {"key_bits": 8}}, "'faulty' is its name; leave it out"),
+        (["s2"], r"they are \['s2'\]; write a mapping"),
+    ],
+    ids=["upper case", "colon", "unknown field", "refused", "no settings", "its name", "no mapping"],
+)
+def test_an_alias_that_does_not_work_is_refused_when_its_plugin_is_registered(aliases, complaint):
+    given = aliases
+
+    class Faulty(Short):
+        name: ClassVar[str] = "faulty"
+        aliases: ClassVar[Any] = given
+
+    with pytest.raises(TypeError, match=rf"(?s)plugin 'tests' offers 'faulty' with aliases: {complaint}"):
+        registry.register(plugin_of(Faulty), "tests")
+    assert "faulty" not in registry.names()
+
+
+def test_aliases_of_a_base_are_not_those_of_what_derives_from_it():
+    class Derived(Short):
+        name: ClassVar[str] = "derived"
+
+    with registered(Short, Derived):
+        assert registry.describe("derived").aliases == {}
+        assert type(registry.parse("short_4bit")) is Short
+
+
+def test_an_alias_cannot_be_a_builtin_name():
+    class Impostor(Short):
+        aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"uniform": {"key_bits": 8}}
+
+    with pytest.raises(
+        registry.DuplicateStrategy, match=r"both offer a strategy named 'uniform'; rename that of 'tests'"
+    ):
+        registry.register(plugin_of(Impostor), "tests")
+
+
+def test_an_alias_that_is_anothers_name_is_a_dispute():
+    class Other(Sample):
+        name: ClassVar[str] = "short-k8v4"
+
+    with registered(Short, name="first"), registered(Other, name="second"):
+        with pytest.raises(registry.DuplicateStrategy, match=r"'first'.*'second'.*named 'short-k8v4'"):
+            registry.get("short-k8v4")
+        with pytest.warns(RuntimeWarning, match="skipped plugins that collide"):
+            assert "short-k8v4" not in registry.names()
+        assert registry.parse("short_4bit").value_bits == 4
+
+
+def test_aliases_compete_in_benchmarks_as_what_they_stand_for():
+    with registered(Short):
+        (found,) = candidates(["short-k8v4:boundary=0"])
+        assert (found.spec, found.family) == ("short:key_bits=8,value_bits=4,boundary=0", "short")
+        assert found.build() == Short(key_bits=8, value_bits=4, boundary=0)
+
+
+def test_bench_measures_an_alias(tmp_path):
+    arguments = ["--strategies", "short-k8v4", "--tasks", "perplexity:windows=1,length=320"]
+    with registered(Short):
+        result = CliRunner().invoke(app, ["bench", *arguments, "--no-twin", "--no-baselines", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "leaderboard.json").read_text())["results"]
+    assert (row["cell"]["strategy"], row["error"]) == ("short:key_bits=8,value_bits=4", None)
 
 
 # --- describe

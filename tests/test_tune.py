@@ -353,6 +353,12 @@ def test_an_allocation_that_was_killed_goes_on_without_measuring_again(material,
 # --- searching
 
 
+def test_an_alias_fixes_what_it_stands_for():
+    (space,) = spaces(["turboquant_k3v4_nc:boundary_layers=0"])
+    assert (space.name, space.fixed) == ("turboquant", {"key_bits": 3, "value_bits": 4, "boundary_layers": 0})
+    assert set(space.searched) == {"norm_correction"}
+
+
 def test_specs_fix_what_they_name_and_leave_the_rest_open():
     (space,) = spaces(["uniform:block=32,rotation=hadamard"])
     assert space.fixed == {"block": 32, "rotation": "hadamard"}

@@ -5,6 +5,7 @@ measured ones in its journal, and ends as if nothing had happened.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -88,19 +89,22 @@ def spaces(chosen: Sequence[str]) -> list[Space]:
     for spec in chosen:
         name = specs.named(spec)
         cls: Any = registry.get(name)
+        given: dict[str, Any] = {}
+        if isinstance(cls, partial):  # an alias, and the settings it stands for
+            cls, given = cls.func, cls.keywords
         searchable = getattr(cls, "searchable", {})
         if not searchable:
             able = ", ".join(each for each, one in registry.strategies().items() if getattr(one, "searchable", {}))
             raise ValueError(f"strategy {name!r} declares no searchable fields; those that do: {able}")
         _, values = specs.split(spec, getattr(cls, "positional", None))
-        strategy = registry.parse(spec) if values else None
-        fixed = {field: getattr(strategy, field) for field in values}
+        strategy = registry.parse(spec) if values or given else None
+        fixed = {field: getattr(strategy, field) for field in {**given, **values}}
         searched = {field: tuple(options) for field, options in searchable.items() if field not in fixed}
         if not searched:
             raise ValueError(f"{spec!r} fixes every searchable field of {name!r}; leave one of {', '.join(fixed)} out")
-        if any(space.name == name and space.fixed == fixed for space in found):
+        if any(space.name == cls.name and space.fixed == fixed for space in found):
             raise ValueError(f"{spec!r} is given twice; keep one")
-        found.append(Space(name, fixed, searched))
+        found.append(Space(cls.name, fixed, searched))
     return found
 
 

@@ -4,13 +4,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tiny_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Two Llama layers, 4 query and 2 kv heads of 64 channels, 97 tokens; the same weights every time."""
+def tiny_model(dtype: torch.dtype = torch.float32, layers: int = 2) -> LlamaForCausalLM:
+    """A few Llama layers, 4 query and 2 kv heads of 64 channels, 97 tokens; the same weights every time."""
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
