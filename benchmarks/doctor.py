@@ -18,8 +18,8 @@ from ..kernels.format import row_bits
 from ..registry.plugins import Plugins
 from .environment import Environment
 
-# any layer of a usual model: strategies are asked what they would do with it
-LAYER = LayerSpec(index=0, layers=32, kv_heads=8, head_dim=128, value_dim=128)
+# a layer in the middle of a usual model: strategies may keep its ends exact
+LAYER = LayerSpec(index=16, layers=32, kv_heads=8, head_dim=128, value_dim=128)
 PATIENCE = 20  # seconds that a broken driver may take to say so
 
 _SERVES = {
