@@ -57,8 +57,13 @@ def unserved(formats: LayerFormat, head_dim: int, value_dim: int, block_angles: 
 def _unserved(formats: LayerFormat, head_dim: int, value_dim: int, block_angles: bool) -> str | None:
     for side, fmt, dim in (("key", formats.key, head_dim), ("value", formats.value, value_dim)):
         problem = _unserved_side(fmt, dim)
-        if problem is None and fmt.scale == "channel" and span_of(formats) > 1:
-            problem = f"scale='channel' with block={formats.block}: blocks of at least {tile_of(formats)} are served"
+        # of such keys a step may read several blocks, one by one
+        one_by_one = side == "key" and fmt.rope == "post"
+        if problem is None and fmt.scale == "channel" and span_of(formats) > 1 and not one_by_one:
+            before = "" if side == "value" else " before RoPE"
+            problem = (
+                f"scale='channel'{before} with block={formats.block}: blocks of at least {tile_of(formats)} are served"
+            )
         if problem is not None:
             return f"{side} {problem}"
     if formats.block > 128 and max(head_dim, value_dim) > 128:
@@ -84,8 +89,6 @@ def _unserved_side(fmt: Format, dim: int) -> str | None:
         return "codes='exact' beside packed ones"
     if fmt.codes == "custom":
         return "codes='custom': only the strategy reads them"
-    if fmt.codes == "float8":
-        return "codes='float8'"
     if fmt.codes == "codebook" and fmt.bits == 8:
         return "codes='codebook' with 8 bits: tables have up to 16 entries"
     if fmt.scale == "token" and fmt.groups(dim) > 8:

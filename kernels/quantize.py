@@ -8,15 +8,12 @@ from torch import Tensor
 
 from .backend import triton_serves, warn_once
 from .checks import require_buffers, require_decodable, require_encodable
+from .float8 import FLOAT8_MAX, from_float8, to_float8
 from .format import Format, Side, row_words
 from .packing import pack, unpack
 from .rotation import hadamard_rotate
 
 FLOAT16_MAX = 65504.0
-
-FLOAT8_MAX = 1.75
-"""The largest level of `codes="float8"`: 448, the largest e4m3 number, times 2**-8."""
-
 MIDDLE_STEP = 63
 LAST_STEP = 2 * MIDDLE_STEP
 _ON_GRID = tuple((2**bits,) for bits in (2, 3, 4))
@@ -217,16 +214,6 @@ def _encode(
         packed["outlier_index"] = index.to(torch.int16)
         packed["outlier_value"] = rows.gather(-1, index).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     return packed
-
-
-def to_float8(ratio: Tensor) -> Tensor:
-    """The nearest e4m3 numbers to `ratio * 2**8`, ends included, as the bytes they are: uint8."""
-    return (ratio.clamp(-FLOAT8_MAX, FLOAT8_MAX) * 256).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def from_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_float8`, of uint8 codes."""
-    return codes.view(torch.float8_e4m3fn).to(dtype).mul_(1 / 256)
 
 
 def _restored(ratio: Tensor, level: Tensor, scale: Tensor) -> Tensor:

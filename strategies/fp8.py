@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core import Format, LayerFormat, LayerSpec, Side, Strategy, Tables
-from ..kernels.quantize import FLOAT8_MAX
+from ..kernels.float8 import FLOAT8_MAX
 from ..registry.hookspecs import hookimpl
 
 

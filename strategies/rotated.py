@@ -29,14 +29,19 @@ class Rotated(Strategy):
     bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits per number, keys and values alike.")
     rotate: Literal["key", "both"] = Field(default="key", description="What is rotated: keys, or keys and values.")
     rotation_size: Literal[2, 4, 8, 16, 32, 64, 128, 256] | None = Field(
-        default=16, description="Channels rotated together; None: all of a head, where it is a power of two."
+        default=16,
+        description="Channels rotated together, where a head is a multiple of them; else, and for None, the largest "
+        "power of two that it is a multiple of.",
     )
 
     def formats(self, layer: LayerSpec) -> LayerFormat:
         """The same formats for every layer."""
-        plain = Format(bits=self.bits)
-        rotated = Format(bits=self.bits, rotation="hadamard", rotation_size=self.rotation_size)
-        return LayerFormat(key=rotated, value=rotated if self.rotate == "both" else plain)
+        value = self._turned(layer.value_dim) if self.rotate == "both" else Format(bits=self.bits)
+        return LayerFormat(key=self._turned(layer.head_dim), value=value)
+
+    def _turned(self, dim: int) -> Format:
+        size = None if self.rotation_size is None or dim % self.rotation_size else self.rotation_size
+        return Format(bits=self.bits, rotation="hadamard", rotation_size=size)
 
 
 @hookimpl

@@ -127,7 +127,15 @@ def test_values_are_rotated_only_where_that_is_asked_for():
     assert [each.rotation for each in formats] == ["none", "hadamard"]
 
 
-def test_heads_that_blocks_do_not_divide_are_refused_with_what_fits():
+@pytest.mark.parametrize(("dim", "size", "mixed"), [(80, 16, 16), (80, 32, 16), (8, 16, 8), (96, None, 32)])
+def test_heads_that_blocks_do_not_divide_are_rotated_in_the_largest_that_do(dim, size, mixed):
+    layer = LayerSpec(index=0, layers=1, kv_heads=1, head_dim=dim, value_dim=dim)
+    formats = Rotated(rotation_size=size).formats(layer)
+    formats.require_fitting(dim, dim)
+    assert formats.key.basis(dim) == mixed
+
+
+def test_a_format_whose_blocks_do_not_divide_a_head_is_refused_with_what_fits():
     formats = Rotated(rotation_size=32).formats(LAYER)
     with pytest.raises(ValueError, match="rotation_size=32 does not divide head_dim=80; use up to 16"):
         formats.require_fitting(80, 80)

@@ -27,8 +27,12 @@ def uniform(bits: int, value_bits: int | None = None, **options: object) -> Laye
 
 def kvquant(bits: int = 4, rope: str = "post") -> LayerFormat:
     """The formats of the strategy `kvquant` with its defaults, for heads of 128."""
-    strategy = registry.parse(f"kvquant:bits={bits},outliers={KEPT},key_rope={rope}")
-    formats = strategy.formats(LayerSpec(0, 1, 8, 128, 128))
+    return described(f"kvquant:bits={bits},outliers={KEPT},key_rope={rope}")
+
+
+def described(spec: str) -> LayerFormat:
+    """The formats of a strategy by its spec, for heads of 128."""
+    formats = registry.parse(spec).formats(LayerSpec(0, 1, 8, 128, 128))
     assert isinstance(formats, LayerFormat)
     return formats
 
@@ -43,6 +47,10 @@ def timed_formats() -> dict[str, LayerFormat]:
         "kvquant 4-bit 1% post-RoPE": kvquant(4, "post"),
         "kvquant 4-bit 1% pre-RoPE": kvquant(4, "pre"),
         "per-channel keys 2-bit": LayerFormat(key=Format(bits=2, scale="channel"), value=Format(bits=2)),
+        "fp8": described("fp8"),
+        "kivi 2-bit": described("kivi"),
+        "rotated 4-bit, blocks of 16": described("rotated:rotate=both"),
+        "turboquant 4-bit": described("turboquant:boundary_layers=0"),
     }
 
 
@@ -136,6 +144,7 @@ def grid() -> list[Case]:
         for bits in (4, 2, 3, 8)
     ]
     static = Format(bits=4, scale="static", codes="codebook")
+    float8 = Format(bits=8, codes="float8", symmetric=True)
     found += [
         Case("kvquant 4-bit post-RoPE", kvquant(4, "post"), stored=True, dry=True),
         Case("kvquant 4-bit pre-RoPE", kvquant(4, "pre"), dry=True),
@@ -158,6 +167,17 @@ def grid() -> list[Case]:
         Case("outliers 4-bit", uniform(4, outliers=2), group=8, stored=True),
         Case("midpoint grid 4-bit", uniform(4, grid="midpoint"), stored=True),
         Case("Hadamard 4-bit", uniform(4, rotation="hadamard"), stored=True),
+        Case("fp8", described("fp8"), stored=True),
+        Case("fp8, 16 queries a head", described("fp8"), group=16),
+        Case("fp8, one scale", described("fp8:scale=tensor"), stored=True),
+        Case("fp8 keys pre-RoPE", LayerFormat(key=float8.model_copy(update={"rope": "pre"}), value=float8)),
+        Case("fp8 per channel", uniform(8, codes="float8", symmetric=True, scale="channel"), head_dim=64),
+        Case("kivi 2-bit", described("kivi"), stored=True),
+        Case("kivi 4-bit, groups of 64", described("kivi:bits=4,group_size=64"), exact=5),
+        Case("Hadamard in blocks of 16, 4-bit", described("rotated:rotate=both"), stored=True),
+        Case("turboquant 4-bit", described("turboquant:boundary_layers=0"), stored=True),
+        Case("turboquant, fp8 keys", described("turboquant_k8v4:boundary_layers=0")),
+        Case("turboquant 3-bit", described("turboquant_3bit_nc:boundary_layers=0"), head_dim=64),
         Case("head_dim 64, 4-bit", uniform(4), head_dim=64, dry=True),
         Case("head_dim 64, 2-bit", uniform(2), head_dim=64),
         Case("head_dim 96, 4-bit", uniform(4), head_dim=96),

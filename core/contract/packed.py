@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import quantize
+from ...kernels.float8 import from_float8
 from ...kernels.format import Format
 from ...kernels.quantize import Tables, packed_shapes
 from ...kernels.rotation import hadamard_rotate
@@ -340,6 +341,6 @@ def _off_the_grid(decoded: Tensor, states: Tensor, fmt: Format, tables: Tables) 
 def _levels(fmt: Format, tables: Tables) -> Tensor:
     """All levels, ascending."""
     if fmt.codes == "float8":
-        levels = quantize.from_float8(torch.arange(256, dtype=torch.uint8), torch.float32)
+        levels = from_float8(torch.arange(256, dtype=torch.uint8), torch.float32)
         return levels[levels.isfinite()].sort().values
     return torch.arange(2.0**fmt.bits) if tables.codebook is None else tables.codebook

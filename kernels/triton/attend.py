@@ -22,7 +22,17 @@ from .query import (
 )
 from .rope import decoded_keys, grid_pairs, turned_pairs
 from .scales import largest_scale, load_held, scale_and_zero
-from .words import padded_words, plane_position, planes, planes_per_tile, power, tile_code, tile_power, unpacked
+from .words import (
+    padded_words,
+    plane_position,
+    planes,
+    planes_per_tile,
+    power,
+    tile_code,
+    tile_power,
+    unit_exponent,
+    unpacked,
+)
 
 
 @triton.jit
@@ -108,6 +118,7 @@ def attend_blocks(
     KEY_GROUPS: tl.constexpr,
     KEY_ZERO: tl.constexpr,
     KEY_LUT: tl.constexpr,
+    KEY_FLOAT: tl.constexpr,
     KEY_OUTLIERS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_ROW: tl.constexpr,
@@ -115,6 +126,7 @@ def attend_blocks(
     VALUE_GROUPS: tl.constexpr,
     VALUE_ZERO: tl.constexpr,
     VALUE_LUT: tl.constexpr,
+    VALUE_FLOAT: tl.constexpr,
     VALUE_OUTLIERS: tl.constexpr,
     PART: tl.constexpr,  # channels of the values that are mixed at a time
     BOUNDED: tl.constexpr,  # tokens before `first` or beyond the last block are hidden
@@ -158,7 +170,7 @@ def attend_blocks(
     )  # fmt: skip
     unit = peak * (scaling * LOG2E)
     if cos is None:
-        unit = unit * power(24 - EXPONENT)
+        unit = unit * power(unit_exponent(KEY_FLOAT) - EXPONENT)
     offset = 0.0
     if key_levels is not None:
         offset = tl.load(key_levels + 1)
@@ -207,7 +219,7 @@ def attend_blocks(
         if VALUE_OUTLIERS > 0:
             corrections = corrections + (tl.zeros([PART, ROWS], tl.float32),)
 
-    IN_PAIRS: tl.constexpr = ASM and cos is not None and KEY_SCALE == "static"
+    IN_PAIRS: tl.constexpr = ASM and cos is not None and KEY_SCALE == "static" and not KEY_FLOAT
     if IN_PAIRS:
         ENTRIES: tl.constexpr = 127 if KEY_LUT else (1 << KEY_BITS) - 1
         steps, shifts, norm = grid_pairs(
@@ -264,7 +276,7 @@ def attend_blocks(
                     mask=live[:, None] & (key_high < K_WORDS // 2)[None, :],
                     other=0,
                 )
-        codes = unpacked(words, high, key_table, TILE, K_PADDED, KEY_BITS, KEY_LUT, ASM, MERGE)
+        codes = unpacked(words, high, key_table, TILE, K_PADDED, KEY_BITS, KEY_LUT, ASM, MERGE, KEY_FLOAT)
         if cos is not None:
             # every channel is decoded and turned by its token's angle; the first half of them pairs with the second
             angles = batch * stride_angles_batch + (block * BLOCK + token)[:, None].to(tl.int64) * HALF
@@ -286,11 +298,13 @@ def attend_blocks(
                     low_half = decoded_keys(
                         codes[tile], at, tile, key_scale_base, key_levels, key_grid, head, block, token, held,
                         HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT, lane, MERGE,
+                        KEY_FLOAT,
                     )  # fmt: skip
                     high_half = decoded_keys(
                         codes[tile + K_TILES // 2], at + HALF, tile + K_TILES // 2, key_scale_base, key_levels,
                         key_grid, head, block, token, held,
                         HEAD_DIM, BLOCK, KEY_BITS, KEY_SCALE, KEY_GROUPS, KEY_ZERO, KEY_LUT, lane, MERGE,
+                        KEY_FLOAT,
                     )  # fmt: skip
                     turn_cos, turn_sin = turn_cos.to(tl.float32), turn_sin.to(tl.float32)
                     low = (low_half * turn_cos - high_half * turn_sin).to(tl.float16)
@@ -299,29 +313,38 @@ def attend_blocks(
                 dots = tl.dot(high, tiles_q[tile + K_TILES // 2].to(tl.float16), dots)
             scores = score_columns(dots, ROWS, EVEN) * unit
         elif KEY_SCALE == "channel":
-            scale_pointer = key_scale_base + block * HEAD_DIM
-            highest = tl.zeros([2 * MERGE * K_PADDED], tl.float32)
-            for tile in tl.static_range(K_TILES):
-                at = tile * K_WIDTH + channel
-                inside = (channel < K_WIDTH) & (at < HEAD_DIM)
-                scale, zero = scale_and_zero(scale_pointer, at, KEY_ZERO, inside)
-                highest = tl.maximum(highest, scale)
-            step = tl.maximum(tl.max(highest, 0), 1e-30)
-            dots = tl.zeros([TILE, COLUMNS], tl.float32)
-            bias = tl.zeros([COLUMNS], tl.float32)
-            for tile in tl.static_range(K_TILES):
-                at = tile * K_WIDTH + channel
-                inside = (channel < K_WIDTH) & (at < HEAD_DIM)
-                # rows of 3 bits may be padded by more than a tile
-                if overlap(0, tile, 1, K_WIDTH, HEAD_DIM):
+            # every block of a step has scales of its own: its tokens are the rows that are kept of a product
+            scores = tl.zeros([TILE, ROWS], tl.float32)
+            for inner in range(SPAN):
+                scale_pointer = key_scale_base + (block + inner) * HEAD_DIM
+                highest = tl.zeros([2 * MERGE * K_PADDED], tl.float32)
+                for tile in tl.static_range(K_TILES):
+                    at = tile * K_WIDTH + channel
+                    inside = (channel < K_WIDTH) & (at < HEAD_DIM)
+                    if SPAN > 1:
+                        inside = inside & (channel * 0 + block + inner < stop)
                     scale, zero = scale_and_zero(scale_pointer, at, KEY_ZERO, inside)
-                    q = tiles_q[tile]
-                    lifted = zero + scale * offset
-                    lifted = lifted / (tile_power(lane, KEY_BITS, KEY_LUT, tile, MERGE) * power(EXPONENT))
-                    bias += tl.sum(q * lifted[:, None], 0)
-                    dots = tl.dot(codes[tile], (q * (scale / step)[:, None]).to(tl.float16), dots)
-            whole = row_columns(bias, ROWS, EVEN) * (peak * (scaling * LOG2E))
-            scores = score_columns(dots, ROWS, EVEN) * (unit * step) + whole[None, :]
+                    highest = tl.maximum(highest, scale)
+                step = tl.maximum(tl.max(highest, 0), 1e-30)
+                dots = tl.zeros([TILE, COLUMNS], tl.float32)
+                bias = tl.zeros([COLUMNS], tl.float32)
+                for tile in tl.static_range(K_TILES):
+                    at = tile * K_WIDTH + channel
+                    inside = (channel < K_WIDTH) & (at < HEAD_DIM)
+                    if SPAN > 1:
+                        inside = inside & (channel * 0 + block + inner < stop)
+                    # rows of 3 bits may be padded by more than a tile
+                    if overlap(0, tile, 1, K_WIDTH, HEAD_DIM):
+                        scale, zero = scale_and_zero(scale_pointer, at, KEY_ZERO, inside)
+                        q = tiles_q[tile]
+                        if KEY_ZERO or key_levels is not None:
+                            lifted = zero + scale * offset
+                            lifted = lifted / (tile_power(lane, KEY_BITS, KEY_LUT, tile, MERGE) * power(EXPONENT))
+                            bias += tl.sum(q * lifted[:, None], 0)
+                        dots = tl.dot(codes[tile], (q * (scale / step)[:, None]).to(tl.float16), dots)
+                whole = row_columns(bias, ROWS, EVEN) * (peak * (scaling * LOG2E))
+                products = score_columns(dots, ROWS, EVEN) * (unit * step) + whole[None, :]
+                scores = tl.where((token // BLOCK == inner)[:, None], products, scores)
         else:
             for group in tl.static_range(KEY_GROUPS):
                 dots = tl.zeros([TILE, COLUMNS], tl.float32)
@@ -441,7 +464,7 @@ def attend_blocks(
                 else:
                     in_range = high_word // (V_WORDS // 2) < stop - block
                     high = tl.load(value_pointer + high_offset[None, :], mask=in_range[None, :], other=0)
-            codes = unpacked(words, high, value_table, PART, SPAN * V_WORDS, VALUE_BITS, VALUE_LUT, ASM)
+            codes = unpacked(words, high, value_table, PART, SPAN * V_WORDS, VALUE_BITS, VALUE_LUT, ASM, 1, VALUE_FLOAT)
             if VALUE_SCALE == "channel":
                 # one block at a time: SPAN is 1
                 fresh = tl.zeros([PART, COLUMNS], tl.float32)
@@ -450,7 +473,7 @@ def attend_blocks(
                 scale, zero = scale_and_zero(
                     value_scale_base + block * VALUE_DIM, part * PART + part_channel, VALUE_ZERO, None
                 )
-                moved = (zero + scale * value_offset) * power(EXPONENT - 24)
+                moved = (zero + scale * value_offset) * power(EXPONENT - unit_exponent(VALUE_FLOAT))
                 if value_levels is not None:
                     scale = scale * tl.load(value_levels)
                 fresh = fresh * scale[:, None] + moved[:, None] * to_columns(summed, ROWS, EVEN)[None, :]
@@ -485,7 +508,7 @@ def attend_blocks(
     row_live = row < rows
     for part in tl.static_range(PARTS):
         at = part * PART + part_channel
-        out = score_columns(mixed[part], ROWS, EVEN) * power(24 - EXPONENT)
+        out = score_columns(mixed[part], ROWS, EVEN) * power(unit_exponent(VALUE_FLOAT) - EXPONENT)
         if VALUE_SCALE == "token":
             out = out * largest
             if value_levels is not None:

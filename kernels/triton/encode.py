@@ -1,8 +1,9 @@
 """Quantizing and packing blocks: the operations of `kernels.quantize.encode`, in its order, on one tile per program.
 
-Codes, scales and residuals are those of the reference on the CPU bit for bit, with three exceptions: a `mean` grid is
-summed in another order, so that its zero may be the next float16; of numbers that compete for a slot at equal cost,
-the first gets it, where `topk` takes any, and a trimmed range follows; and NaN is no candidate for a trimmed range.
+Codes, scales and residuals are those of the reference on the CPU bit for bit, with three exceptions: what is summed, a
+`mean` grid or the unit of a codebook, is summed in another order, so that zero or scale may be the next float16; of
+numbers that compete for a slot at equal cost, the first gets it, where `topk` takes any, and a trimmed range follows;
+and NaN is no candidate for a trimmed range.
 """
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..float8 import FLOAT8_MAX
 from ..format import Format, Side, row_words
 from ..quantize import FLOAT16_MAX, NO_TABLES, Tables, packed_shapes
 from ..rotation import hadamard_rotate
@@ -28,6 +30,7 @@ _LOWEST = tl.constexpr(-(2**31))
 # the order of -inf, and the inverted order of inf
 _BEHIND = tl.constexpr(-(2**31) + 0x7FFFFF)
 _LIMIT = tl.constexpr(FLOAT16_MAX)
+_FLOAT8_MAX = tl.constexpr(FLOAT8_MAX)
 
 
 def unserved(fmt: Format, side: Side, head_dim: int, block: int, tables: Tables = NO_TABLES) -> str | None:
@@ -38,10 +41,6 @@ def unserved(fmt: Format, side: Side, head_dim: int, block: int, tables: Tables 
         return f"head_dim={head_dim} (more than {WIDEST_ROW})"
     if fmt.trim and _crossed(fmt, side) and _columns(fmt, head_dim) * block > LARGEST_TILE:
         return f"trim={fmt.trim} with head_dim={head_dim} and block={block}"
-    if fmt.unit != "range":
-        return f"unit={fmt.unit!r}"
-    if fmt.codes == "float8":
-        return "codes='float8'"
     for name, table in tables.tensors().items():
         if table.dtype != torch.float32:
             return f"{name} in {table.dtype} (not float32)"
@@ -85,7 +84,7 @@ def encode(
         "KEY": side == "key",
         "SCALE": fmt.scale,
         "SYMMETRIC": fmt.symmetric,
-        "CODEBOOK": fmt.codes == "codebook",
+        "CODES": fmt.codes,
         "GRID": fmt.grid,
         "TRIM": fmt.trim,
         "SLOTS": fmt.outliers,
@@ -99,6 +98,7 @@ def encode(
             _write_grids[(triton.cdiv(tokens, rows) * chunks, batch * heads)](
                 states, valid, sensitivity, out["scales"], *place,
                 **shared,
+                UNIT=fmt.unit,
                 GROUP=triton.next_power_of_2(head_dim // shared["GROUPS"]),
                 TOKENS=rows,
                 CHANNELS=columns,
@@ -132,6 +132,21 @@ def encode(
             num_warps=_warps(rows * columns),
             enable_fp_fusion=False,
         )  # fmt: skip
+        if fmt.unit == "norm":
+            rows, columns = _range_tile(fmt, side, head_dim, block)
+            _restore_norms[(triton.cdiv(tokens, rows), batch * heads)](
+                states, out["scales"], _contiguous(tables.codebook), at, when, *states.stride()[:3], heads, tokens,
+                out["codes"].shape[2],
+                HEAD_DIM=head_dim,
+                BLOCK=block,
+                GROUPS=shared["GROUPS"],
+                BITS=fmt.bits,
+                GROUP=triton.next_power_of_2(head_dim // shared["GROUPS"]),
+                TOKENS=rows,
+                CHANNELS=columns,
+                num_warps=_warps(rows * columns),
+                enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 
@@ -180,9 +195,9 @@ def _write_grids(
     states, valid, sensitivity, scales, at, when,
     batch_stride, head_stride, token_stride, valid_stride, heads, tokens, capacity,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODEBOOK: tl.constexpr, GRID: tl.constexpr,
+    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODES: tl.constexpr, GRID: tl.constexpr,
     TRIM: tl.constexpr, SLOTS: tl.constexpr,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """float16 scale and zero from the ranges of a tile `[TOKENS, CHANNELS]`.
 
@@ -197,11 +212,9 @@ def _write_grids(
     first_token = (tile // CHUNKS * TOKENS).to(tl.int64)
     token = tl.arange(0, TOKENS)
     column = tile % CHUNKS * CHANNELS + tl.arange(0, CHANNELS)
-    channel = column // GROUP * (HEAD_DIM // GROUPS) + column % GROUP
     real = token < tokens - first_token
-    exists = real[:, None] & ((column % GROUP < HEAD_DIM // GROUPS) & (channel < HEAD_DIM))[None, :]
     base = states + row // heads * batch_stride + row % heads * head_stride + first_token * token_stride
-    x = tl.load(base + (token[:, None] * token_stride + channel[None, :]), mask=exists, other=0).to(tl.float32)
+    x, exists, channel = _whole_tokens(base, token, column, real, token_stride, HEAD_DIM, GROUPS, GROUP)
     seen = exists
     keep = exists
     if valid is not None and (TRIM > 0 or SCALE == "channel"):
@@ -239,9 +252,13 @@ def _write_grids(
     poisoned = tl.sum((marked & (vectors != vectors)).to(tl.int32), AXIS) > 0
     low, high = tl.where(poisoned, float("nan"), low), tl.where(poisoned, float("nan"), high)
 
-    STEPS: tl.constexpr = 2.0 if CODEBOOK else (1 << BITS) - 1.0
+    # levels end at 1, at the largest float or at the last code
+    STEPS: tl.constexpr = 2.0 if CODES == "codebook" else 2 * _FLOAT8_MAX if CODES == "float8" else (1 << BITS) - 1.0
     zero = low
-    if GRID != "ends":
+    if UNIT != "range":
+        squares = tl.sum(tl.where(marked, vectors * vectors, 0.0), AXIS)
+        scale = tl.sqrt_rn(tl.div_rn(squares, tl.maximum(count, 1).to(tl.float32)))
+    elif GRID != "ends":
         scale = (high - low) * (1.0 / (1 << BITS))
         if GRID == "midpoint":
             zero = low + scale * 0.5
@@ -253,7 +270,7 @@ def _write_grids(
         scale = tl.div_rn(reach * 2, STEPS)
     else:
         scale = tl.div_rn(high - low, STEPS)
-        if CODEBOOK:
+        if CODES == "codebook":
             zero = (high + low) * 0.5
 
     NUMBERS: tl.constexpr = 1 if SYMMETRIC else 2
@@ -274,7 +291,7 @@ def _write_codes(
     states, valid, sensitivity, scales, zeros, gain, offset, levels, codes, outlier_index, outlier_value, at, when,
     batch_stride, head_stride, token_stride, valid_stride, heads, tokens, capacity,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODEBOOK: tl.constexpr, GRID: tl.constexpr,
+    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODES: tl.constexpr, GRID: tl.constexpr,
     TRIM: tl.constexpr, SLOTS: tl.constexpr,
     WORDS: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -315,18 +332,22 @@ def _write_codes(
     known_channel = tl.minimum(channel, HEAD_DIM - 1)
     scale, zero, level_scale, level_zero = grid_of(
         scales, zeros, gain, offset, block, (row * capacity + first) * BLOCK + first_token, known_token, row % heads,
-        known_channel, HEAD_DIM, GROUPS, BITS, SCALE, SYMMETRIC, CODEBOOK,
+        known_channel, HEAD_DIM, GROUPS, BITS, SCALE, SYMMETRIC, CODES,
     )  # fmt: skip
     ratio = tl.where(scale > 0, tl.div_rn(x - zero, scale), 0.0)
-    if CODEBOOK:
+    if CODES == "codebook":
         code = _nearest(ratio, levels, BITS)
         code = tl.where(exists, code, 0)
         level = tl.load(levels + code)
+    elif CODES == "float8":
+        code = tl.where(exists, _float8(ratio), 0)
     else:
         ratio = tl.where(ratio > 0, tl.where(ratio < (1 << BITS) - 1, ratio, (1 << BITS) - 1.0), 0.0)
         level = tl.floor(ratio + 0.5) if GRID == "midpoint" else (ratio + _ROUNDER) - _ROUNDER
         code = tl.where(exists, level.to(tl.int32), 0)
-    _store_words(codes + first_row * WORDS, lane * WORDS, code, column, real, BITS, CODEBOOK, RUN, WIDTH, PLANES, ROWS)
+    _store_words(
+        codes + first_row * WORDS, lane * WORDS, code, column, real, BITS, CODES == "codebook", RUN, WIDTH, PLANES, ROWS
+    )
 
     if SLOTS > 0:
         residual = x - (level * level_scale + level_zero)
@@ -349,6 +370,42 @@ def _write_codes(
 
 
 @triton.jit
+def _restore_norms(
+    states, scales, levels, at, when, batch_stride, head_stride, token_stride, heads, tokens, capacity,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Scales with which what is decoded has the norm of what was encoded, in place of those it was coded with.
+
+    A launch of its own: where rows are channels no program that codes sees a token whole.
+    """
+    first, go = _destination(at, when, tokens // BLOCK, capacity)
+    if not go:
+        return
+    row = tl.program_id(1).to(tl.int64)
+    first_token = (tl.program_id(0) * TOKENS).to(tl.int64)
+    token, column = tl.arange(0, TOKENS), tl.arange(0, CHANNELS)
+    base = states + row // heads * batch_stride + row % heads * head_stride + first_token * token_stride
+    real = token < tokens - first_token
+    x, exists, _channel = _whole_tokens(base, token, column, real, token_stride, HEAD_DIM, GROUPS, GROUP)
+
+    group = tl.arange(0, CHANNELS // GROUP)
+    place = ((row * capacity + first) * BLOCK + first_token + token)[:, None] * GROUPS + group[None, :]
+    stored = real[:, None] & (group < GROUPS)[None, :]
+    scale = tl.load(scales + place, mask=stored, other=0).to(tl.float32)
+    # threads that hold the same scale have all read it before one writes
+    tl.debug_barrier()
+    over = tl.expand_dims(scale, 2)
+    ratio = tl.where(over > 0, tl.div_rn(_vectors(x, GROUP, "token"), over), 0.0)
+    level = tl.load(levels + _nearest(ratio, levels, BITS))
+    marked = _vectors(exists, GROUP, "token")
+    encoded = tl.sum(tl.where(marked, ratio * ratio, 0.0), 2)
+    decoded = tl.sum(tl.where(marked, level * level, 0.0), 2)
+    factor = tl.where(decoded > 0, tl.sqrt_rn(tl.div_rn(encoded, decoded)), 1.0)
+    tl.store(scales + place, _half(scale * factor), mask=stored)
+
+
+@triton.jit
 def _destination(at, when, blocks, capacity):
     """The first block to write, and whether to write at all."""
     first = tl.full([], 0, tl.int64)
@@ -358,6 +415,17 @@ def _destination(at, when, blocks, capacity):
     if when is not None:
         go = go & (tl.load(when) != 0)
     return first, go
+
+
+@triton.jit
+def _whole_tokens(
+    base, token, column, real, token_stride, HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr
+):
+    """float32 `[tokens, columns]` with groups padded to `GROUP` columns; which are numbers; the columns' channels."""
+    channel = column // GROUP * (HEAD_DIM // GROUPS) + column % GROUP
+    exists = real[:, None] & ((column % GROUP < HEAD_DIM // GROUPS) & (channel < HEAD_DIM))[None, :]
+    x = tl.load(base + (token[:, None] * token_stride + channel[None, :]), mask=exists, other=0).to(tl.float32)
+    return x, exists, channel
 
 
 @triton.jit
@@ -417,14 +485,29 @@ def _nearest(ratio, levels, BITS: tl.constexpr):
 
 
 @triton.jit
+def _float8(ratio):
+    """The bytes that `float8.to_float8` makes of numbers, by integers: not all GPUs have the type."""
+    bits = ratio.to(tl.int32, bitcast=True)
+    size = tl.where(tl.abs(ratio) < _FLOAT8_MAX, tl.abs(ratio), _FLOAT8_MAX) * 256.0
+    # below 2**-6 floats are equal steps of 2**-9, as those of float32 around 2**14 are
+    small = ((size + 16384.0) - 16384.0) * 512.0
+    # above, 20 bits of 23 go, ties to the even, and the exponent is counted from -7 in place of -127
+    place = size.to(tl.int32, bitcast=True)
+    large = ((place + 0x7FFFF + ((place >> 20) & 1)) >> 20) - (120 << 3)
+    code = tl.where(size < 0.015625, small.to(tl.int32), large)
+    code = tl.where(ratio == ratio, code, 0x7F)
+    return code | ((bits >> 24) & 0x80)
+
+
+@triton.jit
 def _store_words(
     words, start, code, column, real,
-    BITS: tl.constexpr, CODEBOOK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
+    BITS: tl.constexpr, BY_NIBBLE: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Codes `[ROWS, PLANES * WIDTH]` in the order of the planes, 0 where there are none, as words."""
     plane, word, half = column // WIDTH, column % WIDTH // 2, column % 2
-    bits = (code & 3 if BITS == 3 else code) << code_bit(plane, half, BITS, CODEBOOK and BITS == 4)
+    bits = (code & 3 if BITS == 3 else code) << code_bit(plane, half, BITS, BY_NIBBLE and BITS == 4)
     # no two codes share a bit, so that sums are unions
     pairs = tl.sum(tl.reshape(bits, [ROWS, PLANES, WIDTH // 2, 2]), 3)
     index = tl.arange(0, WIDTH // 2)[None, :]

@@ -139,12 +139,12 @@ def _made(tables: Tables, fmt: Format, device: torch.device) -> Operands:
     factor = torch.ones((), dtype=torch.float32, device=device)
     offset = torch.zeros_like(factor)
     table = None
-    trivial = fmt.codes == "affine" and tables.gain is None
+    trivial = fmt.codes != "codebook" and tables.gain is None
     if fmt.codes == "codebook":
         steps = tables.steps()
         factor, offset = steps.step.float(), steps.first.float()
         table = steps.index.to(torch.uint8).view(torch.int32)
-    elif fmt.symmetric and fmt.scale != "static":
+    elif fmt.codes == "affine" and fmt.symmetric and fmt.scale != "static":
         offset, trivial = offset - (2**fmt.bits - 1) / 2, False
     if tables.gain is not None and tables.offset is not None:
         factor, offset = factor * tables.gain, offset * tables.gain + tables.offset
@@ -291,6 +291,7 @@ def _constants(prefix: str, fmt: Format, dim: int, length: int) -> dict[str, Any
         "GROUPS": fmt.groups(dim) if fmt.scale == "token" else 1,
         "ZERO": not fmt.symmetric,
         "LUT": fmt.codes == "codebook",
+        "FLOAT": fmt.codes == "float8",
         "OUTLIERS": fmt.outliers,
     }
     return {f"{prefix}_{name}": value for name, value in constants.items()}

@@ -29,7 +29,7 @@ def high_bit(plane, word, half):
 def grid_of(
     scales, zeros, gain, offset, block, first, token, head, channel,
     HEAD_DIM: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODEBOOK: tl.constexpr,
+    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """float32 scale and zero of encoding, and those of decoding, which `gain` and `offset` change.
 
@@ -52,7 +52,7 @@ def grid_of(
                 index = index + channel // (HEAD_DIM // GROUPS) * NUMBERS
         scale = tl.load(scales + index).to(tl.float32)
         if SYMMETRIC:
-            zero = tl.zeros_like(scale) if CODEBOOK else scale * (-((1 << BITS) - 1) / 2)
+            zero = scale * (-((1 << BITS) - 1) / 2) if CODES == "affine" else tl.zeros_like(scale)
         else:
             zero = tl.load(scales + index + 1).to(tl.float32)
     if gain is not None:

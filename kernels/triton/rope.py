@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .scales import scale_and_zero
-from .words import planes, power, tile_code, tile_power
+from .words import planes, power, tile_code, tile_power, unit_exponent
 
 
 @triton.constexpr_function
@@ -77,11 +77,11 @@ def turned_pairs(low, high, low_step, low_shift, high_step, high_shift, cos, sin
 def decoded_keys(
     codes, at, INDEX: tl.constexpr, scales, levels, grid, head, block, token, held,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr,
-    ZERO: tl.constexpr, LUT: tl.constexpr, lane, MERGE: tl.constexpr,
+    ZERO: tl.constexpr, LUT: tl.constexpr, lane, MERGE: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """Keys `[tokens, channels]` of one tile, float32; 0 where not `held`, which is None if all are."""
     entry = codes.to(tl.float32)
-    unit = tile_power(lane, BITS, LUT, INDEX, MERGE) * power(24)
+    unit = tile_power(lane, BITS, LUT, INDEX, MERGE) * power(unit_exponent(FLOAT))
     if SCALE == "static":
         pointer = grid + head * (2 * HEAD_DIM) + at
         inside = at >= 0 if held is None else at < HEAD_DIM

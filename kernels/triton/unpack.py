@@ -23,8 +23,6 @@ def unserved(fmt: Format, side: Side, head_dim: int, block: int, tables: Tables 
     """The option that keeps a format from this kernel; None: it is served."""
     if max(head_dim, block) > WIDEST_ROW:
         return f"head_dim={head_dim} (more than {WIDEST_ROW})"
-    if fmt.codes == "float8":
-        return "codes='float8'"
     for name, table in tables.tensors().items():
         if table.dtype != torch.float32:
             return f"{name} in {table.dtype} (not float32)"
@@ -76,7 +74,7 @@ def decode(
             KEY=side == "key",
             SCALE=fmt.scale,
             SYMMETRIC=fmt.symmetric,
-            CODEBOOK=fmt.codes == "codebook",
+            CODES=fmt.codes,
             SLOTS=fmt.outliers,
             WORDS=row_words(head_dim if side == "key" else block, fmt.bits),
             PLANES=planes(fmt.bits),
@@ -113,7 +111,7 @@ def _capacity(packed: dict[str, Tensor]) -> int | None:
 def _write_states(
     codes, scales, zeros, gain, offset, levels, outlier_index, outlier_value, states, heads, tokens, capacity,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODEBOOK: tl.constexpr, SLOTS: tl.constexpr,
+    SCALE: tl.constexpr, SYMMETRIC: tl.constexpr, CODES: tl.constexpr, SLOTS: tl.constexpr,
     WORDS: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -146,12 +144,17 @@ def _write_states(
         token, channel = lane, known
     else:
         token, channel = known, tl.minimum(channel, HEAD_DIM - 1)
-    code = _code(codes + first_row * WORDS, lane, known, BITS, CODEBOOK, WORDS, PLANES)
+    code = _code(codes + first_row * WORDS, lane, known, BITS, CODES == "codebook", WORDS, PLANES)
     _scale, _zero, scale, zero = grid_of(
         scales, zeros, gain, offset, block, row * capacity * BLOCK + first_token, token, row % heads,
-        channel, HEAD_DIM, GROUPS, BITS, SCALE, SYMMETRIC, CODEBOOK,
+        channel, HEAD_DIM, GROUPS, BITS, SCALE, SYMMETRIC, CODES,
     )  # fmt: skip
-    level = tl.load(levels + code) if CODEBOOK else code
+    if CODES == "codebook":
+        level = tl.load(levels + code)
+    elif CODES == "float8":
+        level = _float8(code)
+    else:
+        level = code
     x = level.to(WIDE) * scale.to(WIDE) + zero.to(WIDE)
     if SLOTS > 0:
         for slot in range(SLOTS):
@@ -164,14 +167,22 @@ def _write_states(
 @triton.jit
 def _code(
     words, row, position,
-    BITS: tl.constexpr, CODEBOOK: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
+    BITS: tl.constexpr, BY_NIBBLE: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """The codes at `position` of `row`, int32 both, of rows that begin at `words`."""
     RUN: tl.constexpr = WORDS * 32 // BITS // PLANES
     plane, word, half = position // RUN, position % RUN // 2, position % 2
     MASK: tl.constexpr = 3 if BITS == 3 else (1 << BITS) - 1
-    code = (tl.load(words + (row * WORDS + word)) >> code_bit(plane, half, BITS, CODEBOOK and BITS == 4)) & MASK
+    code = (tl.load(words + (row * WORDS + word)) >> code_bit(plane, half, BITS, BY_NIBBLE and BITS == 4)) & MASK
     if BITS == 3:
         top = tl.load(words + (row * WORDS + RUN // 2 + word // 2)) >> high_bit(plane, word, half)
         code = code | (top & 1) << 2
     return code
+
+
+@triton.jit
+def _float8(code):
+    """The levels of 8-bit floats, which are float16 numbers of the same bits; NaN of what is none."""
+    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    level = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), level)

@@ -2,7 +2,8 @@
 
 A code of `b` bits at bit `p` of a 16-bit half, `p + b <= 10`, *is* the float16 subnormal `code * 2**(p - 24)`. So one
 `and` unpacks two codes, exactly, and what remains is a power of two per plane, which goes into the other operand.
-Planes and words are those of `kernels/packing.py`.
+8-bit floats become the float16 numbers that are their levels, by moving bits. Planes and words are those of
+`kernels/packing.py`.
 """
 
 import triton
@@ -74,6 +75,23 @@ def number_pair(pair):
 
 
 @triton.constexpr_function
+def _float_asm(plane):
+    # every byte with its sign above it, then both where float16 has them; the bit between is the upper one's copy
+    chosen = "0xB391" if plane else "0xA280"
+    return f"{{ .reg .b32 wide; prmt.b32 wide, $1, 0, {chosen}; shl.b32 wide, wide, 7; and.b32 $0, wide, 0xBF80BF80; }}"
+
+
+@triton.jit
+def float_plane(words, PLANE: tl.constexpr, ASM: tl.constexpr):
+    """Words whose halves are the levels of one plane of 8-bit floats: sign and the rest of a code, moved apart."""
+    if ASM:
+        return tl.inline_asm_elementwise(_float_asm(PLANE), "=&r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        codes = words >> (8 * PLANE)
+        return ((codes & 0x00800080) << 8) | ((codes & 0x007F007F) << 7)
+
+
+@triton.constexpr_function
 def planes(bits):
     """Planes of a row: runs of consecutive codes that unpack together."""
     return 8 if bits == 3 else 16 // bits
@@ -97,18 +115,26 @@ def plane_position(bits, lut, index):
     return 0 if lut or bits == 3 else position(bits, index)
 
 
+@triton.constexpr_function
+def unit_exponent(floats):
+    """By how many powers of two a level is more than what `unpacked` makes of it, positions apart."""
+    return 0 if floats else 24
+
+
 @triton.jit
 def unpacked(
     words, high, table, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr,
-    ASM: tl.constexpr, MERGE: tl.constexpr = 1,
+    ASM: tl.constexpr, MERGE: tl.constexpr = 1, FLOAT: tl.constexpr = False,
 ):  # fmt: skip
     """All planes of a row as float16 subnormals `[ROWS, 2 * WORDS]`: codes, or what `table` has for them.
+
+    FLOAT: codes are 8-bit floats, and what comes are their levels.
 
     words: int32 `[ROWS, WORDS]`; of 3 bits the 2-bit row, with `high` the 1-bit row `[ROWS, WORDS // 2]`.
     table: with LUT, pointer to the bytes below 128 of `2**BITS` entries.
     MERGE: 2 gives tiles `[ROWS, 4 * WORDS]` of two planes each, where one is too narrow for a matrix unit: `tile_code`.
     """
-    found = _plane_words(words, high, table, ROWS, WORDS, BITS, LUT, ASM)
+    found = _plane_words(words, high, table, ROWS, WORDS, BITS, LUT, ASM, FLOAT)
     tiles = ()
     for index in tl.static_range(planes(BITS) // MERGE):
         if MERGE == 2:
@@ -143,10 +169,12 @@ def tile_power(column, BITS: tl.constexpr, LUT: tl.constexpr, TILE: tl.constexpr
 @triton.jit
 def _plane_words(
     words, high, table, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """int32 `[ROWS, WORDS]` by plane, two subnormals in each."""
-    if BITS == 3:
+    """int32 `[ROWS, WORDS]` by plane, two numbers in each."""
+    if FLOAT:
+        found = (float_plane(words, 0, ASM), float_plane(words, 1, ASM))
+    elif BITS == 3:
         # an odd word's high bits lie two below those of the even word before it
         spread = tl.reshape(tl.join(high << 2, high), [ROWS, WORDS])
         found = _look_up3(words, spread, table, ROWS, WORDS, ASM)

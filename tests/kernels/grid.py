@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cachequant.kernels import backend, quantize
+from cachequant.kernels.float8 import FLOAT8_MAX
 from cachequant.kernels.format import Format, LayerFormat, Side
 from cachequant.kernels.fused import ExactSegment, PackedSegment, unserved
 from cachequant.kernels.quantize import Tables
@@ -199,9 +200,9 @@ def _tables(fmt: Format, states: Tensor, qnorm: bool, draw: torch.Generator) -> 
         tables["codebook"] = torch.rand(2**fmt.bits, generator=draw).mul_(1.8).sub_(1.0).sort().values
     if fmt.scale == "static":
         low, high = states.amin((0, 2)), states.amax((0, 2))
-        steps = 2 if fmt.codes == "codebook" else 2**fmt.bits - 1
+        steps = {"codebook": 2, "float8": 2 * FLOAT8_MAX}.get(fmt.codes, 2**fmt.bits - 1)
         tables["scale"] = (high - low) * 0.9 / steps
-        tables["zero"] = (high + low) / 2 if fmt.codes == "codebook" else low * 0.9
+        tables["zero"] = low * 0.9 if fmt.codes == "affine" else (high + low) / 2
     if qnorm:
         tables |= {"gain": torch.tensor(1.07), "offset": torch.tensor(-0.06)}
     return Tables(**tables)
@@ -388,6 +389,12 @@ def _completed(
 PAIRS = {f"pair-{index}": case for index, case in enumerate(map(case_of, covering(OPTIONS))) if case is not None}
 """Any two options that go together are in one of them."""
 
+FLOAT8 = Format(bits=8, codes="float8", symmetric=True)
+_GROUPED, _BY_CHANNEL, _STATIC, _PRE_FLOAT8 = (
+    FLOAT8.model_copy(update=change)
+    for change in ({"group": 16}, {"scale": "channel"}, {"scale": "static"}, {"rope": "pre"})
+)
+ROTATED = Format(rotation="hadamard", rotation_size=16)
 _TRIMMED = Format(bits=2, outliers=3, trim=1)
 _PRE = Format(bits=3, scale="channel", rope="pre", outliers=1)
 
@@ -415,6 +422,27 @@ SPECIAL = {
     "wide heads": Case(Format(bits=2), Format(bits=3), head_dim=256, heads=5),
     "wide heads before RoPE": Case(_PRE, head_dim=256, value_dim=64, blocks=1, heads=16, queries=2),
     "values wider than keys": Case(Format(bits=8), Format(bits=4), head_dim=48, value_dim=256, heads=16),
+    "8-bit floats": Case(FLOAT8, FLOAT8, head_dim=128, heads=8, spare=1, exact=(4, 9)),
+    "8-bit floats of all sizes": Case(_GROUPED, FLOAT8, key_size=300, value_size=1e-5, dtype=torch.float32),
+    "8-bit floats in groups, and keys before RoPE": Case(
+        _PRE_FLOAT8, _GROUPED, (True, True), block=64, blocks=3, queries=2
+    ),
+    "8-bit floats by channel": Case(_BY_CHANNEL, _BY_CHANNEL, heads=7, head_dim=80),
+    "8-bit floats by channel, levels moved": Case(_BY_CHANNEL, _STATIC, (True, True), mask="padding", batch=2),
+    "8-bit floats on a static grid": Case(_STATIC, FLOAT8, (True, True), value_dim=128, queries=3),
+    "8-bit floats on a static grid before RoPE": Case(
+        _STATIC.model_copy(update={"rope": "pre"}), _BY_CHANNEL, (False, True), blocks=1
+    ),
+    "8-bit floats beside integers": Case(FLOAT8, Format(bits=4), head_dim=16),
+    "integers beside 8-bit floats": Case(Format(bits=3), FLOAT8, value_dim=16, block=32),
+    "keys by channel in short blocks, values in groups": Case(
+        Format(bits=2, scale="channel"), Format(bits=2, group=32), block=32, blocks=9, head_dim=128, held=6, first=33
+    ),
+    "keys by their norm": Case(
+        Format(bits=3, codes="codebook", symmetric=True, unit="norm", rotation="hadamard"), head_dim=80
+    ),
+    "keys rotated in blocks": Case(ROTATED, head_dim=128),
+    "values rotated in blocks": Case(value=ROTATED, head_dim=96, value_dim=80, exact=(4, 9), spare=1),
     "narrow keys": Case(Format(bits=3), Format(bits=8), head_dim=24, value_dim=16),
     "keys of no whole words": Case(Format(bits=2, group=25), head_dim=100, value_dim=112),
     "midpoint and mean grids": Case(Format(bits=3, grid="midpoint"), Format(grid="mean")),

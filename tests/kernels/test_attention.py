@@ -25,6 +25,7 @@ BATCH, HEADS, ROWS = 2, 3, 5
 SCALE = 0.125
 
 LEVELS = torch.linspace(-1, 1, 16) ** 3
+FLOAT8 = Format(bits=8, codes="float8", symmetric=True)
 
 
 def tables(head_dim: int) -> Tables:
@@ -54,6 +55,12 @@ FORMATS = {
     "rotated": Format(rotation="hadamard"),
     "rotated-group16": Format(bits=2, group=16, rotation="hadamard"),
     "rotated-outliers": Format(bits=2, outliers=3, rotation="hadamard"),
+    "rotated-blocks": Format(rotation="hadamard", rotation_size=16),
+    "float8": FLOAT8,
+    "float8-group16": FLOAT8.model_copy(update={"group": 16}),
+    "float8-channel": FLOAT8.model_copy(update={"scale": "channel"}),
+    "float8-static": FLOAT8.model_copy(update={"scale": "static"}),
+    "norm-rotated": Format(codes="codebook", symmetric=True, unit="norm", rotation="hadamard"),
     "exact": Format(codes="exact"),
 }
 HEAD_DIMS = [64, 80]
@@ -71,7 +78,7 @@ def packed(states: Tensor, fmt: Format, side: str) -> tuple[dict[str, Tensor], T
 
 
 def scores_of(query: Tensor, blocks: dict[str, Tensor], fmt: Format) -> Tensor:
-    basis = hadamard_rotate(query) if fmt.rotation == "hadamard" else query
+    basis = hadamard_rotate(query, fmt.basis(query.shape[-1]))
     return packed_scores(basis * SCALE, blocks, fmt, BLOCK, tables(query.shape[-1]))
 
 
@@ -111,7 +118,7 @@ def test_levels_with_gain_and_offset_are_read_as_they_decode(fmt, head_dim):
         decode(blocks, fmt, side, head_dim, BLOCK, moved, torch.float64)
         for side, blocks in (("key", key), ("value", value))
     )
-    basis = hadamard_rotate(query) if fmt.rotation == "hadamard" else query
+    basis = hadamard_rotate(query, fmt.basis(head_dim))
     torch.testing.assert_close(packed_scores(basis, key, fmt, BLOCK, moved), query @ dense_key.transpose(-1, -2))
     output = finish(unrotate(packed_partial(scores, value, fmt, head_dim, BLOCK, moved), fmt))
     torch.testing.assert_close(output, torch.softmax(scores, -1) @ dense_value)

@@ -9,6 +9,7 @@ from torch import Tensor
 from cachequant.kernels import backend, cpu
 from cachequant.kernels.attention import finish, packed_partial, packed_scores
 from cachequant.kernels.format import Format
+from cachequant.kernels.packing import pack
 from cachequant.kernels.quantize import Tables, decode, encode
 
 BLOCK = 32
@@ -16,6 +17,7 @@ BATCH, HEADS, BLOCKS = 2, 3, 5
 HEAD_DIMS = [20, 64, 80]  # rows of 20 codes end within a word
 ROWS = [1, 6, 20]
 
+FLOAT8 = Format(bits=8, codes="float8", symmetric=True)
 FORMATS = {
     **{f"{bits}bit-token": Format(bits=bits) for bits in (2, 3, 4, 8)},
     **{f"{bits}bit-channel": Format(bits=bits, scale="channel") for bits in (2, 3, 4, 8)},
@@ -33,6 +35,12 @@ FORMATS = {
     "outliers-static": Format(codes="codebook", scale="static", outliers=1),
     "outliers-groups": Format(bits=2, group=10, outliers=2),
     "rotated": Format(rotation="hadamard"),
+    "rotated-blocks": Format(rotation="hadamard", rotation_size=4),
+    "float8": FLOAT8,
+    "float8-groups": FLOAT8.model_copy(update={"group": 10}),
+    "float8-channel": FLOAT8.model_copy(update={"scale": "channel"}),
+    "float8-static": FLOAT8.model_copy(update={"scale": "static"}),
+    "norm": Format(codes="codebook", symmetric=True, unit="norm"),
 }
 AFFINE_PER_TOKEN = ["2bit-token", "4bit-token", "8bit-token", "2bit-groups", "4bit-groups", "8bit-groups", "symmetric"]
 
@@ -112,6 +120,19 @@ def test_values_are_mixed_as_by_the_reference(fmt, head_dim, rows):
     found, expected = mixes(fitting(fmt, head_dim), head_dim, rows, rounded=False)
     assert found.dtype == torch.float32
     assert distance(found, expected) < 1e-5
+
+
+def test_all_8_bit_floats_are_what_torch_reads():
+    codes = torch.arange(256)[:, None] * 7 + torch.arange(20)
+    codes = (codes % 256).to(torch.uint8)
+    levels = codes.view(torch.float8_e4m3fn).float() * 2**-8
+    blocks = {"codes": pack(codes, 8)[None, None, None], "scales": torch.ones(1, 1, 1, 256, 1, 1).half()}
+    # a query of one channel reads that channel
+    found = cpu.packed_scores(torch.eye(20)[None, None], blocks, FLOAT8, 256)[0, 0].T
+    numbers = ~levels.isnan()
+    assert torch.equal(found[numbers], levels[numbers])
+    # no encoder makes the two others
+    assert (~numbers).sum() == 2 * 20 and (found[~numbers].abs() == 1.875).all()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -204,7 +225,8 @@ def test_other_defaults_of_torch_change_nothing(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("3bit-token", 4), ("4bit-channel", 4), ("static", 4), ("4bit-codebook", 4), ("4bit-token", 20)]
+    ("name", "rows"),
+    [("3bit-token", 4), ("4bit-channel", 4), ("static", 4), ("4bit-codebook", 4), ("float8", 4), ("4bit-token", 20)],
 )
 def test_int8_products_are_not_asked_for_what_they_do_badly(monkeypatch, name, rows):
     monkeypatch.setattr(cpu, "int8_products_work", lambda: True)

@@ -25,7 +25,19 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU that torch computes on", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from grid import PAIRS, SPECIAL, TOLERANCE, Case, Problem, expected, on_device, poison_like, problem, relative_error
+from grid import (
+    FLOAT8,
+    PAIRS,
+    SPECIAL,
+    TOLERANCE,
+    Case,
+    Problem,
+    expected,
+    on_device,
+    poison_like,
+    problem,
+    relative_error,
+)
 
 from cachequant.kernels.triton import launch, rows
 
@@ -40,6 +52,10 @@ FORMATS = {
     "symmetric": Format(bits=4, symmetric=True),
     "midpoint": Format(bits=3, grid="midpoint"),
     "rotated": Format(bits=4, rotation="hadamard"),
+    "rotated in blocks": Format(bits=4, rotation="hadamard", rotation_size=16),
+    "8-bit floats": FLOAT8,
+    "8-bit floats by channel": FLOAT8.model_copy(update={"scale": "channel"}),
+    "static 8-bit floats": FLOAT8.model_copy(update={"scale": "static"}),
     "outliers": Format(bits=4, outliers=3, trim=1),
     "codebook": Format(bits=4, codes="codebook", outliers=2, trim=1),
     "static codebook": Format(bits=4, codes="codebook", scale="static", outliers=2),
@@ -214,6 +230,15 @@ def test_encode_and_unpack_give_what_the_reference_gives(name: str, side: Side) 
         truth = quantize.decode(want, fmt, side, DIM, BLOCK, tables, torch.float64)
     decoded = quantize.decode(held, fmt, side, DIM, BLOCK, there, torch.float32)
     assert relative_error(decoded, truth) < 3e-6
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_what_is_decoded_by_its_norm_has_it(side: Side) -> None:
+    fmt = Format(bits=3, codes="codebook", symmetric=True, unit="norm")
+    tables, states = tables_of(fmt).to(DEVICE), states_of().to(DEVICE)
+    packed = quantize.encode(states, fmt, side, BLOCK, tables=tables)
+    decoded = quantize.decode(packed, fmt, side, DIM, BLOCK, tables)
+    torch.testing.assert_close(decoded.norm(dim=-1), states.norm(dim=-1), rtol=2**-10, atol=0)
 
 
 def test_a_captured_encode_writes_where_a_tensor_on_the_device_says() -> None:

@@ -8,8 +8,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
+from cachequant.core.calibration import lloyd_max
+from cachequant.kernels.float8 import FLOAT8_MAX, from_float8, to_float8
 from cachequant.kernels.format import Format, LayerFormat
-from cachequant.kernels.packing import unpack
+from cachequant.kernels.packing import pack, unpack
 from cachequant.kernels.quantize import NO_TABLES, Tables, decode, encode
 from cachequant.kernels.rotation import hadamard_rotate
 
@@ -30,6 +32,9 @@ GRIDS = {
 FORMATS = {
     f"{bits}bit-{name}": Format(bits=bits, **grid) for bits, (name, grid) in product((2, 3, 4, 8), GRIDS.items())
 }
+
+FLOAT8 = Format(codes="float8", bits=8, symmetric=True)
+NORM = {"codes": "codebook", "symmetric": True, "unit": "norm"}
 
 # two heads, three blocks, an odd batch
 SHAPE = (3, 2, 3 * BLOCK)
@@ -369,6 +374,9 @@ def test_block_of_padding_alone_is_finite():
         "channel-outliers": Format(bits=3, scale="channel", outliers=1),
         "static": Format(scale="static"),
         "codebook": Format(codes="codebook"),
+        "float8": FLOAT8,
+        "float8-channel": FLOAT8.model_copy(update={"scale": "channel"}),
+        "norm-groups": Format(**NORM, group=16),
     }
 )
 def test_byte_formula_counts_what_encode_returns(fmt, side, head_dim, block):
@@ -406,6 +414,37 @@ def test_formats_that_cannot_be_are_refused(settings):
         Format(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"codes": "float8", "bits": 4, "symmetric": True}, "needs bits=8, symmetric=True and no outliers, got bits=4"),
+        ({"codes": "float8", "bits": 8}, "needs bits=8, symmetric=True and no outliers, .*symmetric=False"),
+        ({**FLOAT8.model_dump(), "outliers": 1}, "needs bits=8, symmetric=True and no outliers, .*outliers=1"),
+        ({**FLOAT8.model_dump(), "grid": "midpoint"}, "places affine levels"),
+        ({**FLOAT8.model_dump(), "unit": "rms"}, "needs codes='codebook', symmetric=True"),
+        ({**NORM, "scale": "static"}, "needs codes='codebook', symmetric=True, scale='token' and no outliers"),
+        ({**NORM, "scale": "channel"}, "needs codes='codebook', symmetric=True, scale='token'"),
+        ({**NORM, "symmetric": False}, "unit='norm' scales a codebook around zero"),
+        ({**NORM, "outliers": 2}, "needs codes='codebook', symmetric=True, scale='token' and no outliers"),
+        ({"rotation": "hadamard", "rotation_size": 12}, "rotation_size=12 is how many .* has to be a power of two"),
+        ({"rotation_size": 16}, "rotation_size=16 is how many channels rotation='hadamard' mixes"),
+    ],
+    ids=str,
+)
+def test_formats_whose_options_contradict_each_other_say_what_goes_together(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        Format(**settings)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rotations_that_do_not_divide_a_head_name_the_largest_that_does(side):
+    rotated = Format(rotation="hadamard", rotation_size=32)
+    formats = LayerFormat(**{"key": Format(), "value": Format(), side: rotated})
+    formats.require_fitting(96, 96)
+    with pytest.raises(ValueError, match=f"{side}: rotation_size=32 does not divide head_dim=80; use up to 16"):
+        formats.require_fitting(80, 80)
+
+
 def test_values_have_no_rope_stage():
     with pytest.raises(ValidationError, match="values carry no rotary position"):
         LayerFormat(key=Format(), value=Format(rope="pre"))
@@ -414,6 +453,107 @@ def test_values_have_no_rope_stage():
 def test_custom_formats_have_no_byte_formula():
     with pytest.raises(ValueError, match="no byte formula"):
         Format(codes="custom").block_bytes("key", 64, 32, 2)
+
+
+# ---- 8-bit floats ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_all_8_bit_floats_decode_to_256th_parts_of_what_torch_reads(side):
+    codes = (torch.arange(64)[:, None] * 7 + torch.arange(BLOCK) * 64) % 256
+    codes = codes.T if side == "key" else codes
+    packed = {"codes": pack(codes, 8)[None, None, None], "scales": torch.ones(1, 1, 1, BLOCK, 1, 1).half()}
+    found = decode(packed, FLOAT8, side, 64, BLOCK)[0, 0]
+    levels = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() / 256
+    assert len(codes.unique()) == 256
+    assert_close(found if side == "key" else found.T, levels, rtol=0, atol=0, equal_nan=True)
+
+
+def test_levels_of_8_bit_floats_are_float16_numbers_of_the_same_bits():
+    codes = torch.arange(256).to(torch.uint8)
+    numbers = codes[codes & 0x7F != 0x7F]
+    halves = (numbers.short() & 0x80) << 8 | (numbers.short() & 0x7F) << 7
+    assert torch.equal(from_float8(numbers, torch.float16), halves.view(torch.float16))
+    assert from_float8(numbers, torch.float32).max() == FLOAT8_MAX
+    assert torch.equal(to_float8(from_float8(numbers, torch.float32)), numbers)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("settings", [{}, {"group": 16}, {"scale": "channel"}], ids=["token", "group16", "channel"])
+def test_8_bit_floats_keep_three_bits_of_every_number_and_the_largest(settings, side, head_dim):
+    fmt, states = FLOAT8.model_copy(update=settings), random_states(head_dim)
+    error = (decoded(states, fmt, side) - states.double()).abs()
+    blocks = states.double().unflatten(2, (-1, BLOCK))
+    vectors = blocks.transpose(-1, -2) if fmt.scale == "channel" else blocks.unflatten(-1, (fmt.groups(head_dim), -1))
+    reach = vectors.abs().amax(-1, keepdim=True).expand_as(vectors)
+    reach = (reach.transpose(-1, -2) if fmt.scale == "channel" else reach.flatten(-2)).reshape(states.shape)
+    # half of the last of three bits, or of the finest step, and the rounding of the scale
+    finest = reach * 2**-9 / 448 / 2
+    assert (error <= torch.maximum(states.double().abs() * 2**-4, finest) * (1 + 2**-9)).all()
+    largest = states.double().abs() == reach
+    assert (error[largest] <= 2 * HALF * reach[largest]).all()
+    assert (error / states.double().abs())[states.abs() > reach / 100].max() > 2**-5  # else too much is allowed
+
+
+def test_8_bit_floats_beyond_a_static_scale_saturate():
+    fmt = FLOAT8.model_copy(update={"scale": "static"})
+    tables = Tables(scale=torch.full((2, 64), 2.0), zero=torch.zeros(2, 64))
+    states = torch.tensor([3.5, -3.5, 3.6, 1e9, -1e9, 3.25, 0.0]).repeat(10)[:64].expand(*SHAPE, 64)
+    found = decoded(states, fmt, "key", tables)[0, 0, 0, :7]
+    assert found.tolist() == [3.5, -3.5, 3.5, 3.5, -3.5, 3.25, 0.0]
+
+
+# ---- units of codebooks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_what_is_decoded_by_its_norm_has_the_norm_of_what_was_encoded(bits, group, side, head_dim):
+    fmt, states = Format(**{**NORM, "bits": bits}, group=group), random_states(head_dim)
+    tables = Tables(codebook=lloyd_max(bits))
+    back = decoded(states, fmt, side, tables)
+    norms, expected = (x.unflatten(-1, (fmt.groups(head_dim), -1)).norm(dim=-1) for x in (back, states.double()))
+    assert_close(norms, expected, rtol=1.01 * HALF, atol=0)
+    # that it had not before
+    plain = decoded(states, fmt.model_copy(update={"unit": "rms"}), side, tables).norm(dim=-1)
+    assert (plain / states.double().norm(dim=-1) - 1).abs().mean() > 10 * HALF
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_units_are_root_mean_squares_and_change_no_code_of_the_norm(side):
+    states, tables = random_states(64), Tables(codebook=lloyd_max(4))
+    rms, norm = (
+        encode(states, Format(**{**NORM, "unit": unit}), side, BLOCK, tables=tables) for unit in ("rms", "norm")
+    )
+    expected = states.double().square().mean(-1).sqrt()
+    assert_close(rms["scales"].double().flatten(2), expected, rtol=1.01 * HALF, atol=0)
+    assert torch.equal(rms["codes"], norm["codes"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_vectors_of_zeros_have_no_norm_to_restore(side):
+    for levels in (torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 17)[:-1]):  # without a level of zero, and with it
+        found = decoded(torch.zeros(*SHAPE, 64), Format(**NORM), side, Tables(codebook=levels))
+        assert found.eq(0).all()
+
+
+# ---- rotations in blocks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_rotation_in_blocks_spreads_no_number_beyond_its_block(side):
+    states = random_states(64)
+    states[..., 16:32] *= 100
+    states[..., 48:] = 0
+    fmt = Format(bits=8, group=16, rotation="hadamard", rotation_size=16)
+    back = decoded(states, fmt, side)
+    assert back[..., 48:].eq(0).all()
+    assert (back - states.double()).abs()[..., :16].max() < 0.05  # as if nothing were next to them
+    whole = decoded(states, fmt.model_copy(update={"rotation_size": None}), side)
+    assert whole[..., 48:].ne(0).any()
 
 
 # ---- gain and offset -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cachequant.kernels.format import Format
 from cachequant.kernels.rotation import hadamard_rotate
 
 # head_dim: the power of two that is rotated together
@@ -30,6 +31,20 @@ def test_a_spike_is_spread_evenly_over_its_block(dim):
     spread = matrix(dim).abs()
     expected = torch.block_diag(*[torch.full((block, block), block**-0.5)] * (dim // block)).double()
     torch.testing.assert_close(spread, expected)
+
+
+@pytest.mark.parametrize(("dim", "size"), [(64, 16), (80, 4), (96, 32), (128, 128), (100, 1)])
+def test_a_size_rotates_runs_of_so_many_channels_each_alike(dim, size):
+    whole = hadamard_rotate(torch.eye(size, dtype=torch.float64), size)
+    found = hadamard_rotate(torch.eye(dim, dtype=torch.float64), size)
+    torch.testing.assert_close(found, torch.block_diag(*[whole] * (dim // size)))
+
+
+@pytest.mark.parametrize("dim", BLOCKS)
+def test_formats_rotate_as_many_channels_as_they_say_or_as_the_head_allows(dim):
+    assert Format().basis(dim) == 1
+    assert Format(rotation="hadamard").basis(dim) == BLOCKS[dim]
+    assert Format(rotation="hadamard", rotation_size=2).basis(dim) == 2
 
 
 @pytest.mark.parametrize("dim", BLOCKS)

@@ -28,19 +28,30 @@ HEAD_DIM = 128
 @triton.jit
 def _unpack(
     WORDS_IN, HIGH, TABLE, OUT, R: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, LUT: tl.constexpr,
-    ASM: tl.constexpr,
+    FLOAT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, R)[:, None]
     words = tl.load(WORDS_IN + rows * W + tl.arange(0, W)[None, :])
     high = tl.load(HIGH + rows * (W // 2) + tl.arange(0, W // 2)[None, :])
-    tiles: Any = unpacked(words, high, TABLE, R, W, BITS, LUT, ASM)
+    tiles: Any = unpacked(words, high, TABLE, R, W, BITS, LUT, ASM, 1, FLOAT)
     for plane in tl.static_range(planes(BITS)):  # pyright: ignore[reportGeneralTypeIssues]
         place = plane * R * 2 * W + rows * 2 * W + tl.arange(0, 2 * W)[None, :]
         tl.store(OUT + place, tiles[plane].to(tl.int16, bitcast=True))
 
 
-@pytest.mark.parametrize(("bits", "lut"), [(2, False), (2, True), (3, True), (4, False), (4, True), (8, False)])
-def test_words_unpack_to_the_same_bits(bits: int, lut: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "lut", "floats"),
+    [
+        (2, False, False),
+        (2, True, False),
+        (3, True, False),
+        (4, False, False),
+        (4, True, False),
+        (8, False, False),
+        (8, False, True),
+    ],
+)
+def test_words_unpack_to_the_same_bits(bits: int, lut: bool, floats: bool) -> None:
     generator = torch.Generator().manual_seed(bits)
 
     def random_words(*shape: int) -> Tensor:
@@ -51,9 +62,9 @@ def test_words_unpack_to_the_same_bits(bits: int, lut: bool) -> None:
     shape = (8 if bits == 3 else 16 // bits, ROWS, 2 * WORDS)
     portable, assembly = (torch.full(shape, -1, dtype=torch.int16) for _ in range(2))
     launch_unpack: Any = _unpack[(1,)]
-    launch_unpack(words, high, entries, portable, ROWS, WORDS, bits, lut, False)
+    launch_unpack(words, high, entries, portable, ROWS, WORDS, bits, lut, floats, False)
     with emulated():
-        launch_unpack(words, high, entries, assembly, ROWS, WORDS, bits, lut, True)
+        launch_unpack(words, high, entries, assembly, ROWS, WORDS, bits, lut, floats, True)
     assert (portable != -1).all()
     assert torch.equal(assembly, portable)
 
@@ -63,10 +74,11 @@ def test_words_unpack_to_the_same_bits(bits: int, lut: bool) -> None:
     [
         (Format(bits=4), Format(bits=2)),
         (Format(bits=3), Format(bits=8)),
+        (Format(bits=8, codes="float8", symmetric=True), Format(bits=8, codes="float8", symmetric=True)),
         (Format(bits=4, codes="codebook", scale="static"), Format(bits=4, codes="codebook")),
         (Format(bits=4, codes="codebook", scale="static", rope="pre"), Format(bits=4)),
     ],
-    ids=["plain", "planes of three bits", "codebook", "before RoPE"],
+    ids=["plain", "planes of three bits", "8-bit floats", "codebook", "before RoPE"],
 )
 def test_attention_comes_to_the_same(key: Format, value: Format) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -118,6 +118,8 @@ def _unpack(fmt: Format, side: Side) -> None:
 BITS = {bits: Format(bits=bits) for bits in (2, 3, 4, 8)}
 CODEBOOK = Format(bits=4, codes="codebook")
 STATIC = Format(bits=4, codes="codebook", scale="static")
+FLOAT8 = Format(bits=8, codes="float8", symmetric=True)
+NORM = Format(bits=4, codes="codebook", symmetric=True, unit="norm")
 
 ANY = 255
 """Registers that the hardware has for a thread."""
@@ -127,6 +129,7 @@ VARIANTS = {
     "k2v2": attention(BITS[2], on=("sm_90", "gfx942")),
     "k3v3": attention(BITS[3]),
     "k8v8": attention(BITS[8], registers=192, on=("sm_80",)),
+    "float8": attention(FLOAT8, registers=192, on=("sm_90", "sm_80")),
     "k4v2": attention(BITS[4], BITS[2]),
     # the stack is of Triton 3.6
     "k4v4, 8 query heads": attention(BITS[4], group=8, on=("sm_80",))._replace(stack=8),
@@ -137,6 +140,10 @@ VARIANTS = {
     "k4v4, block 32": attention(BITS[4], block=32, on=("sm_80",)),
     "k4v4, group 32": attention(Format(bits=4, group=32), registers=ANY, stores=40),
     "k2v2, keys by channel": attention(Format(bits=2, scale="channel"), BITS[2], registers=ANY, stores=40),
+    # the hottest loop is that over the blocks of a step: a fourth of its keys
+    "k2v2, keys by channel, block 32": attention(
+        Format(bits=2, scale="channel"), Format(bits=2, group=32), block=32, registers=ANY, stores=80
+    )._replace(elements=128 * 32, stack=80),
     "codebook": attention(STATIC, CODEBOOK, registers=ANY),
     "codebook, outliers": attention(
         STATIC.model_copy(update={"outliers": 2}),
@@ -156,6 +163,8 @@ VARIANTS = {
     "row mix": Variant(partial(_row_mix, BITS[4]), "mix_rows", 64 * 128, stores=60),
     "encode keys": Variant(partial(_encode, BITS[4], "key"), "_write_codes", 4096, stores=60, on=("sm_90", "gfx942")),
     "encode values": Variant(partial(_encode, BITS[4], "value"), "_write_codes", 4096, stores=60, stack=8),
+    "encode float8": Variant(partial(_encode, FLOAT8, "key"), "_write_codes", 4096, stores=60),
+    "encode norms": Variant(partial(_encode, NORM, "value"), "_restore_norms", 4096, stores=60),
     "unpack": Variant(partial(_unpack, BITS[4], "key"), "_write_states", 4096),
 }
 

@@ -235,9 +235,11 @@ UNSERVED = {
     "odd values": ({}, {}, {"value_dim": 72}, "value group=72"),
     "very wide keys": ({}, {}, {"head_dim": 512}, "key heads of 512"),
     "very wide values": ({}, {}, {"value_dim": 512}, "value heads of 512"),
-    "channel scales of small blocks": ({"scale": "channel"}, {}, {"block": 64}, "key scale='channel' with block=64"),
+    "channel scales of small blocks before RoPE": (
+        {"scale": "channel", "rope": "pre"}, {}, {"block": 64}, "key scale='channel' before RoPE with block=64"
+    ),
     "channel scales of small value blocks": (
-        {}, {"scale": "channel"}, {"block": 32}, "value scale='channel' with block=32"
+        {}, {"scale": "channel"}, {"block": 64}, "value scale='channel' with block=64"
     ),
     "pairs of neighbours": ({"rope": "pre"}, {}, {"block_angles": False}, "rope='pre' of a model"),
     "keys before RoPE of an odd head": (

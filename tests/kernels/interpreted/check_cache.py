@@ -12,8 +12,9 @@ from cachequant.kernels import backend, fused
 
 STRATEGIES = [
     "uniform:bits=2,group_size=32",
-    "uniform:bits=3,rotation=hadamard",
+    "turboquant:key_bits=3,value_bits=3,boundary_layers=0",
     "uniform:bits=4,key_scale=channel,key_rope=pre",
+    "fp8:scale=tensor",
 ]
 
 

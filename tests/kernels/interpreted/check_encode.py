@@ -35,6 +35,19 @@ CODEBOOKS = {
     f"{bits}bit-book-{name}": Format(codes="codebook", bits=bits, **GRIDS[name])
     for bits, name in [*product((2, 3, 4), ("token", "static")), (3, "symmetric"), (3, "channel"), (8, "token")]
 }
+FLOAT8 = Format(codes="float8", bits=8, symmetric=True)
+FLOATS = {
+    f"float8-{name}": FLOAT8.model_copy(update=change)
+    for name, change in {
+        "token": {}, "groups": {"group": 16}, "channel": {"scale": "channel"}, "static": {"scale": "static"}
+    }.items()
+}  # fmt: skip
+UNITS = {
+    name: Format(codes="codebook", symmetric=True, **settings)
+    for name, settings in {
+        "rms": {"unit": "rms"}, "norm": {"unit": "norm"}, "norm-groups": {"unit": "norm", "bits": 2, "group": 16}
+    }.items()
+}  # fmt: skip
 SLOTS = {
     "kvquant-key": Format(codes="codebook", bits=3, scale="static", outliers=2, rope="pre"),
     "kvquant-value": Format(codes="codebook", bits=3, outliers=2, trim=1),
@@ -126,7 +139,7 @@ def every(formats: dict[str, Format]):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@every(AFFINE | CODEBOOKS | SLOTS)
+@every(AFFINE | CODEBOOKS | FLOATS | SLOTS)
 def test_blocks_are_those_of_the_reference(fmt, side):
     states, tables = random_states(80), random_tables(fmt, 80)
     same(by_kernel(states, fmt, side, tables), by_reference(states, fmt, side, tables))
@@ -152,9 +165,9 @@ def test_blocks_of_other_sizes_are_served(fmt, side, block):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("bits", [2, 4])
-def test_rotated_blocks_are_those_of_the_reference(bits, side):
-    fmt, states = Format(bits=bits, rotation="hadamard"), random_states(96)
+@pytest.mark.parametrize(("bits", "size"), [(2, None), (4, None), (4, 16)])
+def test_rotated_blocks_are_those_of_the_reference(bits, size, side):
+    fmt, states = Format(bits=bits, rotation="hadamard", rotation_size=size), random_states(96)
     same(by_kernel(states, fmt, side), by_reference(states, fmt, side))
 
 
@@ -173,6 +186,18 @@ def test_mean_grids_differ_by_no_more_than_the_order_of_a_sum(side, scale):
     torch.testing.assert_close(actual["scales"], expected["scales"], rtol=2**-10, atol=2**-24)
     equal = (actual["scales"] == expected["scales"]).all()
     assert not equal or torch.equal(actual["codes"], expected["codes"])
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+@pytest.mark.parametrize("side", SIDES)
+@every(UNITS)
+def test_units_differ_by_no_more_than_the_order_of_a_sum(fmt, side, head_dim):
+    states, tables = random_states(head_dim), random_tables(fmt, head_dim)
+    actual, expected = by_kernel(states, fmt, side, tables), by_reference(states, fmt, side, tables)
+    torch.testing.assert_close(actual["scales"], expected["scales"], rtol=2**-10, atol=2**-24)
+    # few sums are so near to the middle between two numbers that their order matters
+    assert (actual["scales"] == expected["scales"]).float().mean() > 0.9
+    assert (actual["codes"] != expected["codes"]).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -232,6 +257,24 @@ def test_numbers_between_two_codes_go_to_the_even_one(bits, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
+def test_8_bit_floats_are_rounded_as_torch_casts(side):
+    fmt, tables = FLOATS["float8-static"], Tables(scale=torch.ones(HEADS, 64), zero=torch.zeros(HEADS, 64))
+    finite = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * 2**-8
+    between = (finite[1:] + finite[:-1]) / 2  # ties, exact in float32
+    # every exponent of float32, subnormals and infinity included, with many fractions
+    bits = torch.arange(0, 0x7F800001, 0x7F800000 // 1360, dtype=torch.int32)
+    sizes = torch.cat([between, finite, bits.view(torch.float32), torch.tensor([0.0, 1.7500001, torch.inf])])
+    points = torch.cat([sizes, -sizes])
+    infinity = torch.tensor(torch.inf)
+    swept = torch.cat([points, points.nextafter(infinity), points.nextafter(-infinity)])
+    swept = swept[~swept.isnan()]
+    size = HEADS * BLOCK * 64
+    for part in swept.split(size):
+        states = torch.nn.functional.pad(part, (0, size - len(part))).view(1, HEADS, BLOCK, 64)
+        same(by_kernel(states, fmt, side, tables), by_reference(states, fmt, side, tables))
+
+
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_numbers_between_two_levels_go_where_bucketize_sends_them(bits, side):
     fmt = Format(codes="codebook", bits=bits, scale="static")
@@ -269,11 +312,16 @@ def test_ties_at_a_trimmed_range_stay_inside_it(side, scale):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e30], ids=str)
 @pytest.mark.parametrize("side", SIDES)
-@every({name: AFFINE[name] for name in ("4bit-token", "2bit-channel", "3bit-symmetric")})
+@every(
+    {name: AFFINE[name] for name in ("4bit-token", "2bit-channel", "3bit-symmetric")}
+    | {name: FLOATS[name] for name in ("float8-token", "float8-static")}
+    | {"norm": UNITS["norm"]}
+)
 def test_poison_does_what_it_does_to_the_reference(fmt, side, poison):
     states = random_states(64, blocks=1)
     states[0, 1, 5, 7] = poison
-    same(by_kernel(states, fmt, side), by_reference(states, fmt, side))
+    tables = random_tables(fmt, 64)
+    same(by_kernel(states, fmt, side, tables), by_reference(states, fmt, side, tables))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -294,7 +342,7 @@ def test_poison_stays_in_its_token_and_channel(fmt, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@every({"4bit-token": AFFINE["4bit-token"], "kvquant-value": SLOTS["kvquant-value"]})
+@every({"4bit-token": AFFINE["4bit-token"], "norm": UNITS["norm"], "kvquant-value": SLOTS["kvquant-value"]})
 def test_states_need_not_be_contiguous(fmt, side):
     states, tables = random_states(64, blocks=1, batch=2), random_tables(fmt, 64)
     valid = torch.arange(BLOCK) >= torch.tensor([3, 20])[:, None]
@@ -349,7 +397,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("side", "index_dtype"), [("key", torch.int32), ("value", torch.int64)], ids=str)
-@every({name: SLOTS[name] for name in ("kvquant-key", "kvquant-value", "kvquant-prompt-key")})
+@every({name: SLOTS[name] for name in ("kvquant-key", "kvquant-value", "kvquant-prompt-key")} | {"norm": UNITS["norm"]})
 def test_blocks_are_written_where_a_tensor_says_and_nowhere_else(fmt, side, index_dtype, path):
     states, tables = random_states(64, batch=2), random_tables(fmt, 64)
     expected = by_reference(states, fmt, side, tables)

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cachequant import registry
-from cachequant.core import StaticPackedCache
+from cachequant.core import LayerSpec, StaticPackedCache
 from cachequant.kernels import backend, ops
 
 HEADS, DIM = 2, 32
@@ -17,6 +17,8 @@ STRATEGIES = {
     "channel": "uniform:bits=3,block=128,key_scale=channel,value_bits=2",
     "rotated": "uniform:bits=2,block=32,rotation=hadamard",
     "codebook": "kvquant:bits=4,block=128,key_rope=post,calibration=prompt",
+    "norm": "turboquant:boundary_layers=0",
+    "float8": "fp8:scale=head",
     "exact": "none:block=32",
 }
 
@@ -33,7 +35,7 @@ def model() -> LlamaForCausalLM:
 def buffers(model: LlamaForCausalLM, spec: str, sinks: int) -> ops.Buffers:
     """Of a layer that has got a prompt, by torch: one block is packed, the second is due 2 steps later."""
     strategy = registry.parse(spec)
-    length = RESIDUAL + 2 * strategy.block - 2
+    length = RESIDUAL + 2 * strategy.formats(LayerSpec(0, 1, HEADS, DIM, DIM)).block - 2
     options = {"max_length": length + 20, "residual_length": RESIDUAL, "sink_tokens": sinks}
     with backend.reference_only():
         cache = StaticPackedCache(model, strategy, **options)

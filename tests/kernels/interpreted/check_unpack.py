@@ -11,11 +11,13 @@ from torch import Tensor
 
 from cachequant.kernels import backend, quantize
 from cachequant.kernels.format import Format
+from cachequant.kernels.packing import pack
 from cachequant.kernels.quantize import NO_TABLES, Tables, decode, encode
 from cachequant.kernels.triton import unpack as kernels
 
 HEADS, BLOCK, BLOCKS = 2, 32, 2
 SIDES = ["key", "value"]
+FLOAT8 = Format(bits=8, codes="float8", symmetric=True)
 FORMATS = {
     **{f"{bits}bit": Format(bits=bits) for bits in (2, 3, 4, 8)},
     **{f"{bits}bit-book": Format(codes="codebook", bits=bits) for bits in (2, 3, 4, 8)},
@@ -26,7 +28,12 @@ FORMATS = {
     "channel-symmetric": Format(bits=4, scale="channel", symmetric=True),
     "static": Format(bits=3, scale="static"),
     "rotated": Format(bits=4, rotation="hadamard"),
+    "rotated-16": Format(bits=4, rotation="hadamard", rotation_size=16),
     "midpoint": Format(bits=2, grid="midpoint"),
+    "float8": FLOAT8,
+    "float8-groups": FLOAT8.model_copy(update={"group": 16}),
+    "float8-channel": FLOAT8.model_copy(update={"scale": "channel"}),
+    "float8-static": FLOAT8.model_copy(update={"scale": "static"}),
     "outliers": Format(bits=2, outliers=7),
     "kvquant-key": Format(codes="codebook", bits=3, scale="static", outliers=2, rope="pre"),
     "kvquant-value": Format(codes="codebook", bits=3, outliers=2, trim=1),
@@ -110,7 +117,7 @@ def test_heads_and_blocks_of_other_sizes_are_served(fmt, side, head_dim, block):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@every({name: FORMATS[name] for name in ("4bit", "static", "kvquant-key", "kvquant-value")})
+@every({name: FORMATS[name] for name in ("4bit", "static", "float8", "kvquant-key", "kvquant-value")})
 def test_gain_and_offset_change_what_levels_stand_for(fmt, side):
     tables = tables_of(fmt, 64, gain=torch.tensor(1.05), offset=torch.tensor(-0.014))
     packed = blocks_of(fmt, side, 64, tables)
@@ -120,7 +127,7 @@ def test_gain_and_offset_change_what_levels_stand_for(fmt, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@every({name: FORMATS[name] for name in ("4bit", "kvquant-value", "rotated")})
+@every({name: FORMATS[name] for name in ("4bit", "kvquant-value", "float8", "rotated")})
 def test_states_are_rounded_once_to_the_dtype_asked_for(fmt, side):
     tables = tables_of(fmt, 64)
     packed = blocks_of(fmt, side, 64, tables)
@@ -161,6 +168,19 @@ def test_blocks_may_be_views_of_longer_buffers(fmt, side):
         })  # fmt: skip
         states = decode(view, fmt, side, 64, BLOCK, some)
         assert torch.equal(states, by_reference(view, fmt, side, 64, some)), name
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_all_8_bit_floats_are_what_torch_reads(side):
+    packed = blocks_of(FLOAT8, side, 64, NO_TABLES)
+    codes = torch.arange(packed["codes"].numel() * 4) * 7 % 256
+    packed["codes"] = pack(codes.view(1, HEADS, BLOCKS, -1, 64 if side == "key" else BLOCK), 8)
+    packed["scales"] = torch.ones_like(packed["scales"])
+    states = decode(packed, FLOAT8, side, 64, BLOCK)
+    levels = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() * 2**-8
+    levels = levels.view(1, HEADS, BLOCKS, -1, 64 if side == "key" else BLOCK)
+    levels = (levels if side == "key" else levels.transpose(-1, -2)).flatten(2, 3)
+    torch.testing.assert_close(states, levels, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("side", SIDES)
