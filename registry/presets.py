@@ -119,6 +119,15 @@ class Rotation(BaseModel):
         """Whether a side is rotated."""
         return self.sides in (side, "both")
 
+    @model_validator(mode="after")
+    def _size_is_of_something(self) -> "Rotation":
+        if self.size is not None and (self.sides == "none" or self.size & (self.size - 1)):
+            raise ValueError(
+                f"size={self.size} is how many channels are rotated together: a power of two, with sides 'key', "
+                f"'value' or 'both', got {self.sides!r}"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _sides_alone(cls, given: Any) -> Any:

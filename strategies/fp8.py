@@ -43,9 +43,12 @@ class FP8(Strategy):
             return super().tables(layer, side, first, valid)
         size = first.float().abs()
         if valid is not None:
-            size = size * valid[:, None, :, None]
+            # a block of nothing but padding and sinks still says how large states are
+            counted = valid | ~valid.any()
+            size = size.masked_fill(~counted[:, None, :, None], 0)
         largest = size.amax((0, 2, 3)) if self.scale == "head" else size.amax().expand(first.shape[1])
-        scale = largest.clamp(min=torch.finfo(torch.float16).tiny) * self.headroom / FLOAT8_MAX
+        # zeros say nothing: e4m3 as it is
+        scale = torch.where(largest > 0, largest * self.headroom / FLOAT8_MAX, 256.0)
         scale = scale[:, None].expand(-1, first.shape[3]).contiguous()
         return Tables(scale=scale, zero=torch.zeros_like(scale))
 

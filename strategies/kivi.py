@@ -2,10 +2,11 @@
 
 Keys have outlier channels, so a channel gets a grid of its own for every `group_size` tokens; values have none, so a
 token gets one for every `group_size` channels (section 3.2). Both are asymmetric, from the smallest number to the
-largest (equation 1). KIVI keeps its newest `residual_length` values exact, and of the keys up to that many; here both
-keep at least that many, until a whole group is packed.
+largest (equation 1). KIVI keeps its newest 128 values exact, and up to 128 keys; here both keep the `residual_length` of the
+cache, which is 128 if it is not told otherwise, and the beginning of the next group.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -26,16 +27,17 @@ class KIVI(Strategy):
     group_size: Literal[32, 64, 128] = Field(
         default=32, description="Tokens of a key channel, and channels of a value token, that share a scale."
     )
-    residual_length: int = Field(default=128, ge=0, description="Newest tokens that stay exact, unless the cache says.")
-
-    def cache_options(self) -> dict[str, Any]:
-        """The paper's residual."""
-        return {"residual_length": self.residual_length}
 
     def formats(self, layer: LayerSpec) -> LayerFormat:
-        """A block is a group of tokens."""
+        """A block is a group of tokens; heads that groups of channels do not divide get the largest that do.
+
+        Raises ValueError for heads of an odd number of channels.
+        """
+        group = math.gcd(self.group_size, layer.value_dim)
+        if group < 2:
+            raise ValueError(f"kivi groups the channels of values, and heads of {layer.value_dim} have no groups")
         key = Format(bits=self.bits, scale="channel")
-        value = Format(bits=self.bits, group=min(self.group_size, layer.value_dim))
+        value = Format(bits=self.bits, group=group)
         return LayerFormat(key=key, value=value, block=self.group_size)
 
 

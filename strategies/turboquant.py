@@ -5,8 +5,8 @@ is divided by its root mean square, and each number goes to the nearest of the l
 distribution (Lloyd-Max): the scalar case of HIGGS (https://arxiv.org/abs/2411.17525). Rounding shortens keys and with
 them scores, which the norm correction undoes. Values have no outlier channels and are kept on a plain uniform grid.
 
-Presets, boundary layers and all are those of vLLM. The paper's random rotation is a Hadamard matrix without signs
-there and here, and its QJL residual, which amplifies noise, is left out.
+Presets and boundary layers are those of vLLM, which has none of the latter in hybrid models. The paper's random
+rotation is a Hadamard matrix without signs there and here, and its QJL residual, which amplifies noise, is left out.
 """
 
 from collections.abc import Mapping, Sequence

@@ -13,7 +13,7 @@ SLOW_FIXTURES = {"browser", "cluster"}
 
 def pytest_configure(config: pytest.Config) -> None:
     """As in pyproject.toml, which tests beside an installed wheel do not have."""
-    config.addinivalue_line("markers", "slow: starts browsers, clusters or processes, or evaluates for long")
+    config.addinivalue_line("markers", "slow: starts browsers, clusters or processes, compiles or evaluates for long")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -431,6 +431,32 @@ def test_rotation_of_what_belongs_to_channels_is_refused(default):
         made.formats(LAYER)
 
 
+@pytest.mark.parametrize("rotation", [{"size": 16}, {"sides": "both", "size": 3}])
+def test_sizes_of_no_rotation_are_refused_as_they_are_given(rotation):
+    with pytest.raises(ValueError, match="rotated together: a power of two, with sides"):
+        preset(default="uniform", rotation=rotation)
+
+
+class OwnValues(Own):
+    """Bytes of its own for values, in every second layer."""
+
+    name: ClassVar[str] = "own-values"
+
+    def formats(self, layer: LayerSpec) -> LayerFormat | None:
+        key = Format(codes="exact")
+        return None if layer.index else LayerFormat(key=key, value=Format(codes="custom"), block=128)
+
+
+def test_what_a_strategy_leaves_exact_is_not_given_to_its_encoder():
+    model = tiny_model()
+    for made in (OwnValues(), preset(default="uniform", layers={0: {"key": "none", "value": "int8"}})):
+        cache = PackedCache(model, made, residual_length=0)
+        with torch.no_grad():
+            model(tokens(256), past_key_values=cache)
+            assert model(tokens(3), past_key_values=cache).logits.isfinite().all()
+    contract.check_strategy(OwnValues())
+
+
 def test_rotation_survives_a_file(tmp_path):
     path = file_of(tmp_path / "turned.json", rotation="value")
     made = registry.parse(f"preset:{path}")

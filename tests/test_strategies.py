@@ -78,7 +78,7 @@ def test_kivi_stores_a_float16_scale_and_zero_for_every_32_numbers():
     assert bits_per_number(KIVI(group_size=128)) == 2 + 32 / 128
 
 
-def test_kivi_keeps_the_newest_128_tokens_exact_unless_the_cache_is_told_otherwise():
+def test_kivi_keeps_the_newest_128_tokens_exact_and_what_a_group_is_short_of():
     model = tiny_model()
     ids = torch.randint(2, 97, (1, 300), generator=torch.Generator().manual_seed(0))
     for options, exact in (({}, range(128, 160)), ({"residual_length": 32}, range(32, 64))):
@@ -88,9 +88,17 @@ def test_kivi_keeps_the_newest_128_tokens_exact_unless_the_cache_is_told_otherwi
         assert 300 - cache.packed_layers[0].packed_tokens in exact
 
 
-def test_kivi_needs_no_head_as_wide_as_its_group():
-    narrow = LayerSpec(index=0, layers=1, kv_heads=1, head_dim=16, value_dim=16)
-    assert KIVI().formats(narrow).value.group == 16
+@pytest.mark.parametrize(("dim", "group"), [(16, 16), (40, 8), (80, 16), (96, 32), (256, 32)])
+def test_kivi_groups_heads_of_any_even_size(dim, group):
+    layer = LayerSpec(index=0, layers=1, kv_heads=1, head_dim=64, value_dim=dim)
+    formats = KIVI().formats(layer)
+    formats.require_fitting(64, dim)
+    assert formats.value.group == group and formats.value.groups(dim) == dim // group
+
+
+def test_kivi_refuses_heads_without_groups():
+    with pytest.raises(ValueError, match="heads of 63 have no groups"):
+        KIVI().formats(LayerSpec(index=0, layers=1, kv_heads=1, head_dim=64, value_dim=63))
 
 
 # --- rotated
@@ -245,6 +253,36 @@ def test_fp8_scales_are_not_those_of_padding():
             strategy.tables(LAYER, "key", loud, valid).scale,
             strategy.tables(LAYER, "key", torch.where(valid[:, None, :, None], x, 0), None).scale,
         )
+
+
+@pytest.mark.parametrize("scale", ["head", "tensor"])
+def test_fp8_scales_of_a_first_block_that_says_nothing_do_not_ruin_what_follows(scale):
+    x = states(tokens=256)
+    strategy = FP8(scale=scale)
+    fmt = strategy.formats(LAYER).key
+    first = x[:, :, :128]
+    nothing = torch.zeros(2, 128, dtype=torch.bool)
+    poisoned = torch.where(nothing[:, None, :, None] | (torch.arange(128) > 4)[None, None, :, None], first, torch.nan)
+    seen = (torch.arange(128) > 4).expand(2, -1)
+    for block, valid, wrong in (
+        (first, nothing, 0.05),  # padding and sinks alone
+        (poisoned, seen, 0.05),  # padding that is not a number
+        (torch.zeros_like(first), None, 0.05),
+    ):
+        tables = strategy.tables(LAYER, "key", block, valid)
+        packed_x = strategy.encode(x, fmt, "key", 128, None, tables)
+        decoded = quantize.decode(packed_x, fmt, "key", 128, 128, tables)
+        assert (decoded - x).norm() < wrong * x.norm()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+@pytest.mark.parametrize("spec", ["turboquant:boundary_layers=0", "turboquant:norm_correction=false,boundary_layers=0"])
+def test_norms_beyond_float16_saturate_and_those_of_nothing_stay_finite(spec, size):
+    x = states(tokens=128) * size
+    x[:, :, :3] = 0
+    _, decoded = packed(registry.parse(spec), "key", x)  # type: ignore[arg-type]
+    assert decoded.isfinite().all()
+    assert (decoded[:, :, :3] == 0).all()
 
 
 def test_int8_has_256_levels_around_zero_of_every_token():

@@ -285,6 +285,14 @@ def test_how_a_run_is_started_decides_nothing(swept):
     assert swept(threads=torch.get_num_threads(), strategies=("uniform", "none")).measured == []
 
 
+def test_a_strategy_that_asks_for_another_tail_is_told_of(folder, plugin):
+    asking = 'preset:default=uniform,options={"residual_length":64}'
+    assert Workbench(job(folder, strategies=("uniform", asking))).notes[-1:] == [
+        f"every row keeps the newest 32 tokens exact, but {asking} asks for 64"
+    ]
+    assert not any("asks for" in note for note in Workbench(job(folder, strategies=("uniform",))).notes)
+
+
 def test_the_number_of_threads_decides_nothing(folder, plugin):
     threads = torch.get_num_threads()
     try:
@@ -790,15 +798,16 @@ def test_bad_input_is_one_line_and_exit_code_2(plugin, folder, tmp_path, argumen
 
 def test_two_plugins_of_one_name_are_told_before_anything_is_measured(plugin, folder, tmp_path):
     class Twice(Breaking):
-        name: ClassVar[str] = "uniform"
+        """Of another plugin."""
 
     registry.register(strategies_of(Twice), "twice")
     try:
-        result = invoke("bench", *common(folder, tmp_path))
+        result = invoke("bench", *common(folder, tmp_path), "--strategies", "uniform;breaking")
     finally:
         registry.unregister("twice")
     assert result.exit_code == 2
-    assert "both offer a strategy named 'uniform'" in flat(result)
+    assert "both offer a strategy named 'breaking'" in flat(result)
+    assert not cells_in(tmp_path)
 
 
 # --- reports

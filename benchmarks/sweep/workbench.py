@@ -5,6 +5,7 @@ import json
 import time
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Workbench:
             self.notes.append(
                 f"the model is split over {parallel.world_size()} processes; bytes are those of the first"
             )
+        self.notes += _unheeded(chosen, job.residual_length)
         self.environment = Environment.current(str(self.panels[0].model.device))
         self._calibrated_on = _calibrated_on(job, self.environment)
         # the tokenizer, by what it makes of the text
@@ -178,6 +180,18 @@ def _contents(candidate: Candidate) -> tuple[dict[str, Any], bool, Any]:
         return json.loads(json.dumps(contents)), learns, source
     except Exception:
         return {}, False, source  # told when the run comes to it
+
+
+def _unheeded(chosen: list[Candidate], residual_length: int) -> list[str]:
+    """Strategies whose own exact tail gives way to that of the run, which is the same for all."""
+    asked = []
+    for candidate in chosen:
+        options = getattr(_contents(candidate)[2], "cache_options", dict)
+        with suppress(Exception):  # told when the run comes to it
+            length = options().get("residual_length", residual_length)
+            if length != residual_length:
+                asked.append(f"{candidate.spec} asks for {length}")
+    return [f"every row keeps the newest {residual_length} tokens exact, but {'; '.join(asked)}"] if asked else []
 
 
 def _calibrated_on(job: Job, environment: Environment) -> dict[str, Any]:

@@ -291,11 +291,13 @@ class BlockLayer(PackedLayer):
         block = self.formats.block
         fmt = getattr(self.formats, side)
         step = max(1, ENCODE_NUMBERS // (states[:, :, :block].numel())) * block
+        # what stays exact beside a packed side is no business of the strategy's encoder
+        encode = quantize.encode if fmt.codes == "exact" else self.strategy.encode
         parts = []
         for start in range(0, states.shape[2], step):
             piece = states[:, :, start : start + step]
             seen = None if valid is None else valid[:, start : start + step]
-            parts.append(self.strategy.encode(piece, fmt, side, block, seen, tables))
+            parts.append(encode(piece, fmt, side, block, seen, tables))
         return {
             name: torch.cat([part[name] for part in parts], dim=2) if parts[1:] else parts[0][name] for name in parts[0]
         }

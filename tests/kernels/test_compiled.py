@@ -7,6 +7,9 @@ from processes import Checks, Outcome
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile with")
 
+# minutes of compiling
+pytestmark = pytest.mark.slow
+
 COMPILED = "ahead_of_time/check_compiled.py"
 
 CHECKS = {
