@@ -2,8 +2,8 @@
 
 Keys have outlier channels, so a channel gets a grid of its own for every `group_size` tokens; values have none, so a
 token gets one for every `group_size` channels (section 3.2). Both are asymmetric, from the smallest number to the
-largest (equation 1). KIVI keeps its newest 128 values exact, and up to 128 keys; here both keep the `residual_length` of the
-cache, which is 128 if it is not told otherwise, and the beginning of the next group.
+largest (equation 1). KIVI keeps its newest 128 values exact, and up to 128 keys; here both keep what `residual_length`
+of the cache says, 128 if nothing else, and the beginning of the next group.
 """
 
 import math

@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import (
@@ -289,16 +290,17 @@ class Preset(Contents, Strategy):
         rotated = Format.model_validate({**dict(fmt), "rotation": "hadamard", "rotation_size": self.rotation.size})
         return formats.model_copy(update={side: rotated})
 
-    def _of(self, side: Side) -> list[Strategy]:
-        """What encodes this side, each once."""
-        return _distinct(_encoder(child) for _, of, child in self._entries() if of == side)
+    @cached_property
+    def _encoders(self) -> dict[Side, list[Strategy]]:
+        """What encodes each side, each once: asked for with every block, and many layers have many."""
+        return {side: _distinct(_encoder(child) for _, of, child in self._entries() if of == side) for side in SIDES}
 
     def _with_functions_of_their_own(self, side: Side) -> list[Strategy]:
         shared = (Strategy.encode, Strategy.decode)
-        return [each for each in self._of(side) if (type(each).encode, type(each).decode) != shared]
+        return [each for each in self._encoders[side] if (type(each).encode, type(each).decode) != shared]
 
     def _alone(self, side: Side) -> bool:
-        return len(self._of(side)) == 1
+        return len(self._encoders[side]) == 1
 
     def _packing(self, side: Side, fmt: Format) -> Strategy | None:
         """The child whose functions are meant by a format; None: the shared ones."""
