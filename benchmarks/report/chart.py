@@ -3,6 +3,7 @@
 from itertools import pairwise
 from math import dist
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,7 +26,11 @@ EXACT = 1e-6
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 24, 32)
 BASELINE_COLOR = "#555555"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+# More points than this and their labels would cover them: then only those that one looks for are labelled.
+CROWDED = 40
+LABEL_WIDTH = 28
+TITLE_WIDTH = 94
 
 
 class Point(NamedTuple):
@@ -36,10 +41,14 @@ class Point(NamedTuple):
     label: str
     family: str
     pareto: bool
+    labelled: bool = True
 
 
 def draw(sheet: Sheet, path: Path, title: str) -> None:
-    """Write a PNG: the headline metric against bits per element, Pareto front drawn, every point labelled."""
+    """Write a PNG: the headline metric against bits per element, Pareto front drawn, points labelled.
+
+    Of more than 40 points those on the front, strategies at their defaults and baselines are.
+    """
     metric = sheet.headline
     panels = [(panel, _points(sheet, panel)) for panel in sheet.panels]
     families = sorted({point.family for _, points in panels for point in points})
@@ -99,17 +108,27 @@ def _default_bits(name: str) -> list[str]:
 
 def _points(sheet: Sheet, panel: str) -> list[Point]:
     metric = sheet.headline
-    return [
+    points = [
         Point(
             line.memory.bits_per_element,
             line.metrics[metric.name],
             short_label(line.strategy),
             line.family,
             line.pareto,
+            line.pareto or line.baseline or line.strategy == line.family,
         )
         for line in sheet.lines
         if line.panel == panel and line.memory and not _exact(line, metric)
     ]
+    if len(points) <= CROWDED:
+        return [point._replace(labelled=True) for point in points]
+    return [point._replace(label=_with_family(point)) for point in points]
+
+
+def _with_family(point: Point) -> str:
+    """Where most points have no label, one is not to be guessed from its neighbours' colours."""
+    known = point.family in BASELINES or point.label == point.family
+    return fill(point.label if known else f"{point.family} {point.label}", LABEL_WIDTH)
 
 
 def _logarithmic(metric: Metric) -> bool:
@@ -130,7 +149,7 @@ def _yardstick(sheet: Sheet, panel: str) -> str:
         for line in sheet.lines
         if line.panel == panel and line.memory and line.metrics and _exact(line, sheet.headline)
     ]
-    return f"exact, not shown: {'; '.join(exact)}" if exact else ""
+    return fill(f"exact, not shown: {'; '.join(exact)}", TITLE_WIDTH) if exact else ""
 
 
 def _axis(metric: Metric) -> str:
@@ -183,7 +202,7 @@ def _place_labels(ax: Any, points: list[Point], style: dict[str, tuple[str, str]
     pixels = ax.figure.dpi / 72
     # crowded points first, while there is room around them
     crowd = [sum(abs(x - u) + 3 * abs(y - v) < 160 for u, v in places) for x, y in places]
-    for i in sorted(range(len(points)), key=lambda i: -crowd[i]):
+    for i in sorted((i for i, point in enumerate(points) if point.labelled), key=lambda i: -crowd[i]):
         point = points[i]
         color = style[point.family][0]
         weight = "bold" if point.pareto else "normal"
