@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..core import CacheQuantizer
-from . import descriptions, lookup, tasks
+from . import lookup, tasks
 from .descriptions import Description, FieldDescription
 from .plugins import TASK, DuplicateStrategy, DuplicateTask, Plugins, UnknownStrategy, UnknownTask
 
@@ -58,8 +58,7 @@ def strategies() -> dict[str, type[Any]]:
 
 def describe(name: str) -> Description:
     """What a strategy does, where it comes from, and the settings it takes: for an alias, with what it stands for."""
-    offer = _plugins.offer(name)
-    return descriptions.describe(offer.offered, offer.plugin, name)
+    return _plugins.describe(name)
 
 
 def parse(text: str) -> CacheQuantizer:

@@ -2,12 +2,13 @@
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
+from ..core import names
 from . import specs
 
 _CONSTRAINTS = {
@@ -56,8 +57,12 @@ class Description(BaseModel):
     """With the defaults of the name asked for."""
 
 
-def describe(strategy: type[Any], plugin: str, name: str | None = None) -> Description:
-    """Read off the class what it says about itself. name: one of its aliases; None: its own name."""
+def describe(strategy: type[Any], plugin: str, name: str | None = None, disputed: Collection[str] = ()) -> Description:
+    """Read off the class what it says about itself.
+
+    name: one of its aliases; None: its own name.
+    disputed: names that find nothing, as others claim them, too; aliases among them are left out.
+    """
     # a class without docstring would inherit, and show, that of its base
     summary = (strategy.__dict__.get("__doc__") or "").strip().partition("\n")[0]
     given = aliases(strategy)
@@ -66,7 +71,7 @@ def describe(strategy: type[Any], plugin: str, name: str | None = None) -> Descr
     return Description(
         name=asked,
         stands_for=short.get(asked, asked),
-        aliases=short,
+        aliases={alias: spec for alias, spec in short.items() if alias not in disputed},
         summary=summary,
         plugin=plugin,
         module=strategy.__module__,
@@ -76,7 +81,7 @@ def describe(strategy: type[Any], plugin: str, name: str | None = None) -> Descr
 
 def aliases(strategy: type[Any]) -> Mapping[str, Mapping[str, Any]]:
     """The other names of a class, each with the settings it stands for; those of its bases remain theirs."""
-    return strategy.__dict__.get("aliases", {})
+    return names.aliases_of(strategy)
 
 
 def fields(strategy: type[Any]) -> Mapping[str, FieldInfo]:

@@ -2,20 +2,19 @@
 
 import importlib
 import importlib.metadata
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import groupby
 from threading import RLock
 from typing import Any, NamedTuple
 
 import pluggy
 
-from ..core import CacheQuantizer, Strategy
+from ..core import CacheQuantizer, Strategy, names
 from ..core.protocol import CONTRACT_VERSION
 from . import descriptions, hookspecs
+from .descriptions import Description
 
 BUILTIN = (
     "none",
@@ -34,8 +33,6 @@ BUILTIN = (
 )
 TASKS = ("perplexity", "passkey", "needle", "continuation", "speed", "lm_eval")
 
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_ALIAS = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
 _METHODS = [name for name, value in vars(CacheQuantizer).items() if callable(value) and not name.startswith("_")]
 
 
@@ -149,18 +146,23 @@ class Plugins:
         return found[0]
 
     def offers(self) -> list[Offer]:
-        """All of them, by name; what two plugins offer by one name is left out, with a RuntimeWarning."""
+        """All of them, by name; what two plugins offer by one name is left out, with a RuntimeWarning.
+
+        A plugin whose alias another one claims is warned of, too, and goes by its other names.
+        """
         offers = sorted(self._all(), key=lambda offer: offer.offered.name)
-        undisputed: list[Offer] = []
-        for name, same in groupby(offers, key=lambda offer: offer.offered.name):
-            claims = [*same, *(offer for offer in offers if name in offer.aliases)]
-            if len(claims) == 1:
-                undisputed += claims
-                continue
+        disputed = _disputed(offers)
+        for name, claims in sorted(disputed.items()):
             # the others go on working; who asks for this one is told again, by an error
-            message = f"skipped plugins that collide: {_dispute(self.kind, name, claims)}"
+            what = "plugins" if _names_one(name, claims) else "plugin aliases"
+            message = f"skipped {what} that collide: {_dispute(self.kind, name, claims)}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-        return undisputed
+        return [offer for offer in offers if offer.offered.name not in disputed]
+
+    def describe(self, name: str) -> Description:
+        """What the one of this name, or alias, says about itself, without the aliases that others claim."""
+        offer = self.offer(name)
+        return descriptions.describe(offer.offered, offer.plugin, name, _disputed(self._all()))
 
     def _all(self) -> list[Offer]:
         with self._lock:
@@ -229,35 +231,34 @@ def _require_usable(kind: Kind, offer: Offer) -> None:
     plugin, offered = offer
     if missing := _missing(kind, offered):
         raise UnusablePlugin(f"plugin {plugin!r} offers {offered!r}, which is no {kind.word}: {'; '.join(missing)}")
+    if kind.contract is not None:
+        _require_contract(offer, kind.contract)
+    if faults := names.faults_of_aliases(offered):
+        raise UnusablePlugin(f"plugin {plugin!r} offers {offered.name!r} with aliases: {'; '.join(faults)}")
+
+
+def _require_contract(offer: Offer, installed: int) -> None:
+    """Raise UnusablePlugin for what was not written for the installed version of the contract."""
+    plugin, offered = offer
     contract = getattr(offered, "contract", None)
-    if kind.contract is not None and contract not in (None, kind.contract):
-        raise OtherContract(
-            f"plugin {plugin!r} offers {offered.name!r}, written for contract {contract!r}; this cachequant has "
-            f"contract {kind.contract}. Upgrade the plugin, or install a cachequant whose contract is {contract!r}. "
-            f"Its author runs cachequant.core.contract.check_strategy, and writes contract = {kind.contract} when it "
-            "passes"
+    if contract is None:
+        return
+    if type(contract) is not int:
+        raise UnusablePlugin(
+            f"plugin {plugin!r} offers {offered.name!r} with contract = {contract!r}, which has to be a whole number, "
+            f"such as contract = {installed}, that of this cachequant"
         )
-    if problems := _unusable_aliases(offer):
-        raise UnusablePlugin(f"plugin {plugin!r} offers {offered.name!r} with aliases: {'; '.join(problems)}")
-
-
-def _unusable_aliases(offer: Offer) -> list[str]:
-    aliases: Any = offer.aliases
-    if not isinstance(aliases, Mapping):
-        return [f"they are {aliases!r}; write a mapping of names to settings"]
-    problems = []
-    for alias, settings in aliases.items():
-        if not isinstance(alias, str) or not _ALIAS.fullmatch(alias):
-            problems.append(f"{alias!r} is no alias; use lower-case words joined by hyphens or underscores")
-            continue
-        if alias == offer.offered.name:
-            problems.append(f"{alias!r} is its name; leave it out")
-            continue
-        try:
-            offer.offered(**settings)
-        except Exception as error:
-            problems.append(f"{alias!r} stands for {settings!r}, which does not build: {error}")
-    return problems
+    if contract != installed:
+        advice = (
+            "upgrade cachequant"
+            if contract > installed
+            else "upgrade the plugin; its author runs cachequant.core.contract.check_strategy, and writes "
+            f"contract = {installed} when it passes"
+        )
+        raise OtherContract(
+            f"plugin {plugin!r} offers {offered.name!r}, written for contract {contract}; this cachequant has contract "
+            f"{installed}: {advice}"
+        )
 
 
 def _require_names_of_its_own(kind: Kind, offer: Offer, builtin: Sequence[Offer]) -> None:
@@ -272,13 +273,7 @@ def _missing(kind: Kind, offered: object) -> list[str]:
     """What keeps `offered` from being what its plugin says it is."""
     if not isinstance(offered, type):
         return ["it is no class; return the class itself, not an instance"]
-    missing = kind.missing(offered)
-    name = getattr(offered, "name", None)
-    if name is None:
-        missing.append('it has no name; write `name: ClassVar[str] = "..."`')
-    elif not isinstance(name, str) or not _NAME.fullmatch(name):
-        missing.append(f"its name is {name!r}; use lower-case words joined by hyphens")
-    return missing
+    return kind.missing(offered) + names.faults_of_name(offered)
 
 
 def _undefined_methods(strategy: type[Any]) -> list[str]:
@@ -302,16 +297,32 @@ def _defines(strategy: type[Any], method: str) -> bool:
 def _unknown(word: str, name: str, offers: Sequence[Offer]) -> str:
     if ":" in name:
         return f"no {word} named {name!r}; registry.parse({name!r}) reads names with settings"
-    names = sorted({offer.offered.name for offer in offers})
-    aliases = sorted({alias for offer in offers for alias in offer.aliases})
-    close = get_close_matches(name, [*names, *aliases], n=1)
+    disputed = _disputed(offers).keys()
+    known_names = sorted({offer.offered.name for offer in offers} - disputed)
+    aliases = sorted({alias for offer in offers for alias in offer.aliases} - disputed)
+    close = get_close_matches(name, [*known_names, *aliases], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    known = ", ".join(names) + (f"; aliases: {', '.join(aliases)}" if aliases else "")
+    known = ", ".join(known_names) + (f"; aliases: {', '.join(aliases)}" if aliases else "")
     return f"no {word} named {name!r}; installed: {known}{hint}"
 
 
+def _disputed(offers: Sequence[Offer]) -> dict[str, list[Offer]]:
+    """Names and aliases that more than one claims, and who does."""
+    claims: dict[str, list[Offer]] = {}
+    for offer in offers:
+        for name in (offer.offered.name, *offer.aliases):
+            claims.setdefault(name, []).append(offer)
+    return {name: claimed for name, claimed in claims.items() if len(claimed) > 1}
+
+
+def _names_one(name: str, claims: Sequence[Offer]) -> bool:
+    """Whether it is the own name of one of them, and not an alias of all."""
+    return any(offer.offered.name == name for offer in claims)
+
+
 def _dispute(kind: Kind, name: str, offers: Sequence[Offer]) -> str:
-    return f"{_claims(kind, name, offers)}; uninstall one or rename its {kind.word}"
+    renamed = kind.word if _names_one(name, offers) else "alias"
+    return f"{_claims(kind, name, offers)}; uninstall one or rename its {renamed}"
 
 
 def _claims(kind: Kind, name: str, offers: Sequence[Offer]) -> str:

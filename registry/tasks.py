@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import descriptions, lookup
+from . import lookup
 from .descriptions import Description
 from .plugins import TASK, Plugins
 
@@ -21,8 +21,7 @@ def names() -> list[str]:
 
 def describe(name: str) -> Description:
     """What a task measures, where it comes from, and the settings it takes."""
-    offer = plugins.offer(name)
-    return descriptions.describe(offer.offered, offer.plugin)
+    return plugins.describe(name)
 
 
 def parse(text: str) -> Any:

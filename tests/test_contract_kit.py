@@ -1,7 +1,7 @@
 """The contract catches what a strategy may do wrong, and says so: strategy, check and expectation."""
 
 import builtins
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import pytest
@@ -23,6 +23,8 @@ from cachequant.core.contract import (
     settings,
     widths,
 )
+from cachequant.core.contract.material import of_its_own
+from cachequant.kernels import quantize
 
 pytest_plugins = ["pytester"]
 
@@ -104,6 +106,8 @@ class Misbehaving(Strategy):
             states = -states
         if self.fault == "adds to what it encodes":
             states = states + 0.5
+        if self.fault == "reads 16 bits otherwise" and states.dtype == torch.bfloat16:
+            states = states.view(torch.float16)
         if self.fault == "counts on its class":
             self.shared.append(states.shape[2])
         if self.fault == "raises":
@@ -155,6 +159,7 @@ FAULTS = {
     "mixes batch rows": packed.check_batch_rows_and_heads_are_independent,
     "counts its calls": packed.check_encoding_is_deterministic,
     "encodes what is new less than before": packed.check_encoding_is_deterministic,
+    "reads 16 bits otherwise": packed.check_encoding_takes_states_of_any_dtype,
     "returns one buffer for all": packed.check_encoding_is_deterministic,
     "keeps the last states": kept.check_nothing_is_kept_on_the_strategy,
     "counts on its class": kept.check_nothing_is_kept_on_the_strategy,
@@ -170,6 +175,36 @@ FAULTS = {
     "adds to what it encodes": packed.check_constant_states_are_given_back,
     "turns what is constant": packed.check_constant_states_are_given_back,
     "throws the signal away": packed.check_decoding_gives_back_shape_and_most_of_the_signal,
+}
+
+
+class Formatted(Strategy):
+    """4 bits, with one fault in its formats, chosen by name."""
+
+    name: ClassVar[str] = "formatted"
+
+    fault: str = ""
+
+    def formats(self, layer: LayerSpec) -> Any:
+        CALLS.append(layer)
+        value = Format(group=layer.head_dim if self.fault == "cuts values as if they were keys" else None)
+        if self.fault == "refuses what is unlike keys" and layer.value_dim != layer.head_dim:
+            raise ValueError("values as wide as keys, please")
+        if self.fault == "changes its mind about the last layers" and layer.index > 2:
+            value = Format(bits=2 + 2 * (len(CALLS) % 2))
+        if self.fault == "answers with a dict of deep layers" and layer.index > 2:
+            return {"key": Format(), "value": value}
+        if self.fault == "packs no layer" or (self.fault == "packs deep models alone" and layer.layers < 20):
+            return None
+        return LayerFormat(key=Format(), value=value, block=32)
+
+
+FORMAT_FAULTS = {
+    "cuts values as if they were keys": settings.check_formats_fit_values_of_another_width,
+    "changes its mind about the last layers": settings.check_formats_depend_on_the_layer_alone,
+    "answers with a dict of deep layers": settings.check_formats_depend_on_the_layer_alone,
+    "packs no layer": settings.check_some_layer_is_packed,
+    "packs deep models alone": settings.check_some_layer_is_packed,
 }
 
 
@@ -375,9 +410,54 @@ class Unlike(Misbehaving):
         return id(self)
 
 
+class Uncalled(Misbehaving):
+    """A name that cannot be typed in a spec."""
+
+    name: ClassVar[str] = "Un called"
+
+
+class Nicknamed(Misbehaving):
+    """An alias in upper case."""
+
+    name: ClassVar[str] = "nicknamed"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"UPPER": {}}
+
+
+class Miscalled(Misbehaving):
+    """An alias for a field that it does not have."""
+
+    name: ClassVar[str] = "miscalled"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"another": {"bits": 4}}
+
+
+class Searched(Misbehaving):
+    """Values to try of a field that it does not have."""
+
+    name: ClassVar[str] = "searched"
+    searchable: ClassVar[Mapping[str, Sequence[Any]]] = {"bits": (2, 4)}
+
+
+class Placed(Misbehaving):
+    """A field that comes first, and is none."""
+
+    name: ClassVar[str] = "placed"
+    positional: ClassVar[str | None] = "bits"
+
+
+CALLED = {
+    Uncalled: "its name is 'Un called'; use lower-case words joined by hyphens",
+    Nicknamed: "'UPPER' is no alias; use lower-case words",
+    Miscalled: "'another' stands for {'bits': 4}, which does not build: bits: Extra inputs are not permitted$",
+    Searched: r"searchable to name fields, fault, got \['bits'\]",
+    Placed: r"positional to name fields, fault, got \['bits'\]",
+}
+
+
 EXAMPLES = [
     *((Misbehaving(fault=fault), check) for fault, check in FAULTS.items()),
     *((Own(fault=fault), check) for fault, check in OWN_FAULTS.items()),
+    *((Formatted(fault=fault), check) for fault, check in FORMAT_FAULTS.items()),
+    *((cls(), settings.check_the_registry_takes_its_names) for cls in CALLED),
     *((Recent(fault=fault), check) for fault, check in RECENT_FAULTS.items()),
     *((Learned(fault=fault), check) for fault, check in LEARNED_FAULTS.items()),
     (Learned(calibration="prompt", fault="fits to padding"), packed.check_padding_does_not_disturb_real_tokens),
@@ -403,9 +483,92 @@ def test_a_fault_is_caught_by_running_all_checks(strategy):
         check_strategy(strategy)
 
 
-@pytest.mark.parametrize("strategy", [Misbehaving(), Own(), Recent()], ids=lambda each: each.name)
+@pytest.mark.parametrize("strategy", [Misbehaving(), Formatted(), Own(), Recent()], ids=lambda each: each.name)
 def test_the_examples_without_their_fault_keep_the_contract(strategy):
     check_strategy(strategy)
+
+
+def test_values_of_another_width_may_be_refused():
+    settings.check_formats_fit_values_of_another_width(Formatted(fault="refuses what is unlike keys"))
+
+
+class Logarithms(Strategy):
+    """A sign and a logarithm for every number, in a byte, so that zero comes back as almost nothing."""
+
+    name: ClassVar[str] = "logarithms"
+
+    def formats(self, layer: LayerSpec) -> LayerFormat:
+        return LayerFormat(key=Format(codes="custom"), value=Format(codes="custom"), block=32)
+
+    def encode(
+        self, states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None, tables: Tables
+    ) -> dict[str, Tensor]:
+        blocks = states.unflatten(2, (-1, block)).float()
+        most = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        steps = (-(blocks.abs() / most).clamp(min=2**-15.9).log2() * 8).round().clamp(0, 127).to(torch.int16)
+        return {"codes": torch.where(blocks < 0, -steps - 1, steps).to(torch.int8), "most": most.to(torch.bfloat16)}
+
+    def decode(self, packed: Mapping[str, Tensor], fmt: Format, side: Side, block: int, tables: Tables) -> Tensor:
+        codes = packed["codes"].float()
+        steps = torch.where(codes < 0, -codes - 1, codes)
+        return (torch.where(codes < 0, -1.0, 1.0) * 2 ** (-steps / 8) * packed["most"].float()).flatten(2, 3)
+
+
+class ValuesOnly(Logarithms):
+    """Exact keys, about which it does not know what to say."""
+
+    name: ClassVar[str] = "values-only"
+
+    def formats(self, layer: LayerSpec) -> LayerFormat:
+        return LayerFormat(key=Format(codes="exact"), value=Format(codes="custom"), block=32)
+
+    def tables(self, layer: LayerSpec, side: Side, first: Tensor, valid: Tensor | None) -> Tables:
+        return {"value": Tables()}[side]
+
+    def encode(
+        self, states: Tensor, fmt: Format, side: Side, block: int, valid: Tensor | None, tables: Tables
+    ) -> dict[str, Tensor]:
+        return {"value": super().encode}[side](states, fmt, side, block, valid, tables)
+
+
+def test_a_side_that_is_kept_exact_is_not_asked_about():
+    for check in checks_for(ValuesOnly()):
+        check(ValuesOnly())
+
+
+def test_a_code_without_a_zero_may_give_almost_nothing_for_it():
+    some = of_its_own(Logarithms())[0]
+    zeros = torch.zeros_like(some.states())
+    assert 0 < float(some.decode(some.encode(zeros)).abs().max()) < 1e-20
+    packed.check_constant_states_are_given_back(Logarithms())
+
+
+class Free:
+    """What the protocol asks, and nothing else: no settings, no base class."""
+
+    name = "free"
+
+    def require_model(self, model: Any) -> None: ...
+
+    def cache_options(self) -> dict[str, Any]:
+        return {}
+
+    def formats(self, layer: LayerSpec) -> LayerFormat:
+        return LayerFormat(key=Format(), value=Format(), block=32)
+
+    def tables(self, layer: LayerSpec, side: Side, first: Tensor, valid: Tensor | None) -> Tables:
+        return Tables()
+
+    def encode(self, *arguments: Any) -> dict[str, Tensor]:
+        return quantize.encode(*arguments)
+
+    def decode(self, *arguments: Any) -> Tensor:
+        raise NotImplementedError
+
+
+def test_a_strategy_without_settings_keeps_the_contract():
+    assert not {"check_saved_caches_resume", "check_settings_are_frozen_strict_and_round_trip"} & names(Free())
+    check_strategy(Free())
 
 
 # --- messages
@@ -455,6 +618,17 @@ def test_states_kept_elsewhere_are_told_by_the_bits_that_are_left():
         packed.check_bytes_can_hold_what_is_decoded(Own(fault="keeps the states elsewhere"))
 
 
+@pytest.mark.parametrize("cls", CALLED)
+def test_what_the_registry_would_refuse_is_told(cls):
+    with pytest.raises(ContractError, match=CALLED[cls]):
+        settings.check_the_registry_takes_its_names(cls())
+
+
+def test_layers_that_were_tried_are_told():
+    with pytest.raises(ContractError, match="but of models of 2, 6 and 12 layers it keeps all 20 exact"):
+        settings.check_some_layer_is_packed(Formatted(fault="packs no layer"))
+
+
 # --- which checks are for whom
 
 
@@ -481,7 +655,9 @@ def test_a_strategy_that_keeps_every_layer_exact_has_nothing_to_encode():
             return None
 
     assert not any("encod" in name for name in names(Exact()))
-    check_strategy(Exact())
+    for check in checks_for(Exact()):
+        if check is not settings.check_some_layer_is_packed:
+            check(Exact())
 
 
 def test_a_check_expects_nothing_of_a_strategy_that_it_is_not_for():
@@ -519,6 +695,35 @@ def test_an_exception_that_is_not_needed_is_a_failure():
         check_strategy(Excepted(fault="none"))
 
 
+class Clipping(Strategy):
+    """4 bits for what is left when the ends are cut off."""
+
+    name: ClassVar[str] = "clipping"
+
+    kept: float = 1.0
+
+    @property
+    def exceptions(self) -> Mapping[str, str]:  # type: ignore[override]
+        return {"check_constant_states_are_given_back": "it clips"} if self.kept < 1 else {}
+
+    def formats(self, layer: LayerSpec) -> LayerFormat:
+        return LayerFormat(key=Format(symmetric=True), value=Format(symmetric=True), block=32)
+
+    def encode(self, states: Tensor, *rest: Any) -> dict[str, Tensor]:
+        most = states.float().abs().amax(-1, keepdim=True) * self.kept
+        return super().encode(states.float().clamp(-most, most), *rest)
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.9])
+def test_exceptions_may_depend_on_settings(kept):
+    check_strategy(Clipping(kept=kept))
+
+
+def test_who_clips_is_told_of_exceptions():
+    with pytest.raises(ContractError, match="a strategy that clips on purpose says so in `exceptions`"):
+        packed.check_constant_states_are_given_back(Clipping(kept=0.9))
+
+
 @pytest.mark.parametrize(
     ("declared", "complaint"),
     [
@@ -546,13 +751,25 @@ def test_a_strategy_of_this_contract_is_checked(version):
     settings.check_declarations_fit_this_contract(Timely())
 
 
-def test_a_strategy_of_another_contract_is_told():
-    class Later(Misbehaving):
-        name: ClassVar[str] = "later"
-        contract: ClassVar[int | None] = VERSION + 1
+@pytest.mark.parametrize(
+    ("version", "complaint"),
+    [
+        (VERSION + 1, rf"contract = {VERSION}, .*, got {VERSION + 1}: upgrade cachequant$"),
+        (
+            VERSION - 1,
+            rf"contract = {VERSION}, .*, got {VERSION - 1}: read what changed, .* write contract = {VERSION}$",
+        ),
+        (str(VERSION), rf"contract to be a whole number, got '{VERSION}'$"),
+    ],
+    ids=["newer", "older", "text"],
+)
+def test_a_strategy_of_another_contract_is_told(version, complaint):
+    class Other(Misbehaving):
+        name: ClassVar[str] = "other"
+        contract: ClassVar[Any] = version
 
-    with pytest.raises(ContractError, match=rf"'later' does not keep .* contract = {VERSION}.*, got {VERSION + 1}: "):
-        check_strategy(Later())
+    with pytest.raises(ContractError, match=f"'other' does not keep .*expected {complaint}"):
+        check_strategy(Other())
 
 
 # --- in pytest

@@ -387,23 +387,38 @@ def test_plugin_that_ends_the_process_on_import_is_skipped_with_a_warning(instal
         assert "sample" in registry.names()
 
 
-def of_contract(version: int | None) -> type[Strategy]:
+def of_contract(version: Any) -> type[Strategy]:
     class Dated(Sample):
         name: ClassVar[str] = "dated"
-        contract: ClassVar[int | None] = version
+        contract: ClassVar[Any] = version
 
     return Dated
 
 
-def test_plugin_for_another_contract_is_skipped_and_told_what_to_do(installed):
-    later = of_contract(CONTRACT_VERSION + 1)
-    installed(FakeEntryPoint("dated", plugin_of(later), dist="later"), FakeEntryPoint("sample", plugin_of(Sample)))
-    message = (
-        rf"skipped plugin 'later:dated' .*written for contract {CONTRACT_VERSION + 1}; this cachequant has contract "
-        rf"{CONTRACT_VERSION}\. Upgrade the plugin, or install a cachequant whose contract is {CONTRACT_VERSION + 1}\. "
-        r".*check_strategy"
-    )
-    with pytest.warns(RuntimeWarning, match=message):
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (
+            CONTRACT_VERSION + 1,
+            f"written for contract {CONTRACT_VERSION + 1}; this cachequant has contract {CONTRACT_VERSION}: "
+            "upgrade cachequant$",
+        ),
+        (
+            CONTRACT_VERSION - 1,
+            f"written for contract {CONTRACT_VERSION - 1}; this cachequant has contract {CONTRACT_VERSION}: "
+            "upgrade the plugin; its author runs .*check_strategy, and writes .* when it passes$",
+        ),
+        (
+            str(CONTRACT_VERSION),
+            f"with contract = '{CONTRACT_VERSION}', which has to be a whole number, .*; repair or uninstall it$",
+        ),
+    ],
+    ids=["newer", "older", "text"],
+)
+def test_plugin_for_another_contract_is_skipped_and_told_what_to_do(version, told, installed):
+    dated = of_contract(version)
+    installed(FakeEntryPoint("dated", plugin_of(dated), dist="other"), FakeEntryPoint("sample", plugin_of(Sample)))
+    with pytest.warns(RuntimeWarning, match=f"skipped plugin 'other:dated' .*{told}"):
         assert "dated" not in registry.names()
     assert registry.get("sample") is Sample
 
@@ -539,8 +554,14 @@ def test_list_shows_what_aliases_stand_for():
     [
         ({"Short": {}}, "'Short' is no alias; use lower-case words joined by hyphens or underscores"),
         ({"short:k8": {}}, "'short:k8' is no alias"),
-        ({"s8": {"bits": 8}}, "'s8' stands for {'bits': 8}, which does not build: .*bits"),
-        ({"s2": {"key_bits": 2, "value_bits": 4}}, "'s2' stands for .*values cannot be wider than keys"),
+        (
+            {"s8": {"bits": 8}},
+            "'s8' stands for {'bits': 8}, which does not build: bits: Extra inputs are not permitted$",
+        ),
+        (
+            {"s2": {"key_bits": 2, "value_bits": 4}},
+            "'s2' stands for .*: Value error, values cannot be wider than keys$",
+        ),
         ({"s2": None}, "'s2' stands for None, which does not build"),
         ({"faulty": {"key_bits": 8}}, "'faulty' is its name; leave it out"),
         (["s2"], r"they are \['s2'\]; write a mapping"),
@@ -554,7 +575,7 @@ def test_an_alias_that_does_not_work_is_refused_when_its_plugin_is_registered(al
         name: ClassVar[str] = "faulty"
         aliases: ClassVar[Any] = given
 
-    with pytest.raises(TypeError, match=rf"(?s)plugin 'tests' offers 'faulty' with aliases: {complaint}"):
+    with pytest.raises(TypeError, match=rf"plugin 'tests' offers 'faulty' with aliases: {complaint}"):
         registry.register(plugin_of(Faulty), "tests")
     assert "faulty" not in registry.names()
 
@@ -588,6 +609,43 @@ def test_an_alias_that_is_anothers_name_is_a_dispute():
         with pytest.warns(RuntimeWarning, match="skipped plugins that collide"):
             assert "short-k8v4" not in registry.names()
         assert registry.parse("short_4bit").value_bits == 4
+
+
+class Shortened(Short):
+    """An alias of its own, and one that is another's, too."""
+
+    name: ClassVar[str] = "shortened"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"short_4bit": {"value_bits": 4}, "shortest": {"key_bits": 2}}
+
+
+def test_an_alias_that_two_plugins_claim_is_dropped_and_warned_of():
+    with registered(Short, name="first"), registered(Shortened, name="second"):
+        message = (
+            r"skipped plugin aliases that collide: .*'first'.*'second'.*'short_4bit'; uninstall one or rename its a"
+        )
+        with pytest.warns(RuntimeWarning, match=message) as caught:
+            assert {"short", "shortened"} <= set(registry.names())
+        assert len(caught) == 1
+        with pytest.raises(registry.DuplicateStrategy, match=r"'first'.*'second'.*'short_4bit'; .* rename its alias"):
+            registry.get("short_4bit")
+        assert list(registry.describe("short").aliases) == ["short-k8v4"]
+        assert list(registry.describe("shortened").aliases) == ["shortest"]
+        result = CliRunner().invoke(app, ["list"])
+        assert "short_4bit" not in result.stdout and "shortest is" in result.stdout
+        assert result.stderr.startswith("warning: skipped plugin aliases that collide: ")
+    with registered(Short):
+        assert "short_4bit" in registry.describe("short").aliases
+
+
+def test_names_and_aliases_in_dispute_are_not_listed_as_installed():
+    with (
+        registered(Short, Sample, name="first"),
+        registered(Shortened, Sample, name="second"),
+        pytest.raises(registry.UnknownStrategy) as caught,
+    ):
+        registry.get("sampled")
+    assert "short-k8v4" in str(caught.value) and "shortened" in str(caught.value)
+    assert not any(name in str(caught.value) for name in ("sample,", "'sample'", "short_4bit"))
 
 
 def test_aliases_compete_in_benchmarks_as_what_they_stand_for():

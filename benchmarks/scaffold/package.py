@@ -29,6 +29,8 @@ FILES = {
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+# pytest and setuptools look for them
+_RESERVED = ("tests", "conftest", "setup")
 _AUTHORS = "authors = [{ name = AUTHOR }]\n"
 
 
@@ -122,7 +124,8 @@ def _require_usable(names: Names) -> None:
             f"a strategy named {name!r} is installed already (plugin {plugin!r}); choose another name", option
         )
     if taken := _taken(names):
-        raise Unusable(f"{name!r} would make {taken}; choose another name, such as {name}-cache", option)
+        free = f"{name.removeprefix('test-')}-cache"
+        raise Unusable(f"{name!r} would make {taken}; choose another name, such as {free}", option)
 
 
 def _taken(names: Names) -> str | None:
@@ -130,6 +133,8 @@ def _taken(names: Names) -> str | None:
     name, module, strategy = names
     if keyword.iskeyword(module):
         return f"a module {module!r}, which is a keyword of Python"
+    if module in _RESERVED or module.startswith("test_"):
+        return f"a module {module!r}, which stands for something else in a folder with tests"
     if module in sys.stdlib_module_names or find_spec(module) is not None:
         return f"a module {module!r}, and there is one already"
     if keyword.iskeyword(strategy):

@@ -14,7 +14,7 @@ that have to be calibrated come as they are: the checks calibrate them. The chec
 `settings`, `packed`, `kept`, `widths` and `caches`; `CHECKS` are all of them.
 
 What cannot be kept is declared, `exceptions = {"check_...": "why not"}`, and an exception that is not needed is a
-failure, too.
+failure, too. It may be a property where what cannot be kept depends on the settings.
 
 What no check can see: a strategy that behaves differently outside of tests; memory that it holds beside its bytes
 without decoding from it; and states kept elsewhere by bytes that could have held as much as is decoded.

@@ -14,7 +14,7 @@ from ...kernels.format import Side
 from ..adaptive import AdaptiveStrategy
 from ..protocol import CacheQuantizer
 from .check import contract_check, require
-from .kinds import every_strategy, packs_once
+from .kinds import every_strategy, has_settings, packs_once
 from .material import block_of, ready_for_model, tiny, tokens_of
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def check_reset_and_copies_share_nothing(strategy: CacheQuantizer) -> None:
     require(bool((expected - refilled).abs().max() <= 1e-4), "a reset cache to behave like a new one")
 
 
-@contract_check(every_strategy)
+@contract_check(has_settings)
 def check_saved_caches_resume(strategy: CacheQuantizer) -> None:
     """A cache read back from its file gives the same logits."""
     from ..hf.cache import PackedCache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels import quantize
 from ...kernels.format import Format, LayerFormat, Side
-from ...kernels.quantize import Tables
+from ...kernels.quantize import NO_TABLES, Tables
 from ..adaptive import AdaptiveStrategy
 from ..calibration import CalibratedStrategy, Calibration, Statistics
 from ..calibration.statistics import Density, Extremes
@@ -39,14 +39,18 @@ class Packing:
         return states_of(self.block, blocks)
 
     def tables(self, states: Tensor, valid: Tensor | None = None) -> Tables:
-        """The strategy's tables, given the first block of `states`."""
+        """The strategy's tables, given the first block of `states`; exact sides have none."""
+        if self.fmt.codes == "exact":
+            return NO_TABLES
         first = states[:, :, : self.block]
         return self.strategy.tables(self.layer, self.side, first, None if valid is None else valid[:, : self.block])
 
     def encode(self, states: Tensor, valid: Tensor | None = None, tables: Tables | None = None) -> dict[str, Tensor]:
         """Packed `states`, with the tables of `self.states()` by default: one fit for all that is compared."""
         tables = self.tables(self.states()) if tables is None else tables
-        packed = self.strategy.encode(states, self.fmt, self.side, self.block, valid, tables)
+        # a cache does not ask about what it keeps exact
+        encode = quantize.encode if self.fmt.codes == "exact" else self.strategy.encode
+        packed = encode(states, self.fmt, self.side, self.block, valid, tables)
         if not isinstance(packed, dict) or not all(isinstance(tensor, Tensor) for tensor in packed.values()):
             raise Unmet(f"encode({self.side}) to return a dict of tensors, got {packed!r:.200}")
         return packed

@@ -1,20 +1,23 @@
 """Checks of what a strategy says about itself: settings, formats, calibrations, declarations."""
 
 import copy
+import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ...kernels.format import LayerFormat, MixedFormat
 from ..adaptive import AdaptiveStrategy
 from ..calibration import CalibratedStrategy
+from ..names import faults_of_aliases, faults_of_name
 from ..protocol import CONTRACT_VERSION, CacheQuantizer, Strategy
 from .check import Unmet, all_checks, contract_check, require
 from .kinds import every_strategy, has_settings, needs_a_calibration
-from .layers import layer_of
+from .layers import DEPTHS, LAYER, layer_of, layers_of, packed_layer
 from .material import ready_for_model, tiny
 
 
@@ -22,10 +25,13 @@ from .material import ready_for_model, tiny
 def check_declarations_fit_this_contract(strategy: CacheQuantizer) -> None:
     """It was written for this version of the contract, and gives a reason for every check that it does not keep."""
     version = getattr(strategy, "contract", None)
+    require(version is None or type(version) is int, f"contract to be a whole number, got {version!r}")
+    newer = version is not None and version > CONTRACT_VERSION
+    repair = f"read what changed, repair what fails, then write contract = {CONTRACT_VERSION}"
+    advice = "upgrade cachequant" if newer else repair
     require(
         version in (None, CONTRACT_VERSION),
-        f"contract = {CONTRACT_VERSION}, which is the installed one, got {version!r}: read what changed, repair what "
-        f"fails, then write contract = {CONTRACT_VERSION}; or install a cachequant whose contract is {version!r}",
+        f"contract = {CONTRACT_VERSION}, which is the installed one, got {version!r}: {advice}",
     )
     exceptions = getattr(strategy, "exceptions", {})
     require(isinstance(exceptions, Mapping), f"exceptions to map names of checks to reasons, got {exceptions!r}")
@@ -60,14 +66,67 @@ def check_settings_are_frozen_strict_and_round_trip(strategy: CacheQuantizer) ->
 
 
 @contract_check(every_strategy)
+def check_the_registry_takes_its_names(strategy: CacheQuantizer) -> None:
+    """Its name and aliases can be typed, aliases build, and what it says of its fields is about fields it has."""
+    cls = type(strategy)
+    for faults in (faults_of_name(cls), faults_of_aliases(cls)):
+        require(not faults, f"names that the registry takes, but {'; '.join(faults)}")
+    fields = cls.model_fields if issubclass(cls, BaseModel) else inspect.signature(cls).parameters
+    positional = getattr(strategy, "positional", None)
+    named = {"positional": [] if positional is None else [positional]}
+    named["searchable"] = list(getattr(strategy, "searchable", {}))
+    for what, names in named.items():
+        absent = [name for name in names if name not in fields]
+        require(not absent, f"{what} to name fields, {', '.join(fields) or 'of which there are none'}, got {absent}")
+
+
+@contract_check(every_strategy)
 def check_formats_depend_on_the_layer_alone(strategy: CacheQuantizer) -> None:
-    """Asked twice about one layer, a strategy answers the same: its formats, or None to keep the layer exact."""
-    layer = layer_of(strategy)
-    first, second = strategy.formats(layer), strategy.formats(layer)
+    """Asked twice about a layer, a strategy answers the same: its formats, or None to keep the layer exact."""
     kind = MixedFormat if isinstance(strategy, AdaptiveStrategy) else LayerFormat
-    require(first is None or isinstance(first, kind), f"formats() to return a {kind.__name__}, got {first!r}")
-    require(first == second, "formats() to give the same answer twice")
-    require(ready_for_model(strategy).formats(layer) == first, "a calibration not to change formats()")
+    layers = [layer for depth in DEPTHS for layer in layers_of(depth)]
+    answers = [strategy.formats(layer) for layer in layers]
+    for layer, answer in zip(layers, answers, strict=True):
+        require(
+            answer is None or isinstance(answer, kind),
+            f"formats() of layer {layer.index} of {layer.layers} to return a {kind.__name__}, got {answer!r}",
+        )
+    again = [strategy.formats(layer) for layer in layers[::-1]][::-1]
+    calibrated = [ready_for_model(strategy).formats(layer) for layer in layers]
+    for layer, *given in zip(layers, answers, again, calibrated, strict=True):
+        where = f"of layer {layer.index} of {layer.layers}"
+        require(given[0] == given[1], f"formats() {where} to give the same answer twice")
+        require(given[0] == given[2], f"a calibration not to change formats() {where}")
+
+
+@contract_check(every_strategy)
+def check_some_layer_is_packed(strategy: CacheQuantizer) -> None:
+    """Of the models that it is tried on, it packs at least one layer."""
+    *depths, deepest = DEPTHS
+    require(
+        packed_layer(strategy) is not None,
+        f"formats() to pack some layer, but of models of {', '.join(map(str, depths))} and {deepest} layers it keeps "
+        f"all {sum(DEPTHS)} exact",
+    )
+
+
+@contract_check(every_strategy)
+def check_formats_fit_values_of_another_width(strategy: CacheQuantizer) -> None:
+    """Of a layer whose values are half as wide as its keys it gives formats that fit, or refuses by a ValueError."""
+    layer = replace(layer_of(strategy), value_dim=LAYER.head_dim // 2)
+    try:
+        formats = strategy.formats(layer)
+    except ValueError:
+        return
+    heads = (layer.kv_heads,) if isinstance(formats, MixedFormat) else ()
+    try:
+        if formats is not None:
+            formats.require_fitting(layer.head_dim, layer.value_dim, *heads)
+    except ValueError as error:
+        raise Unmet(
+            f"formats() of a layer with head_dim={layer.head_dim} and value_dim={layer.value_dim} to fit it, or to "
+            f"raise a ValueError, but {error}"
+        ) from error
 
 
 @contract_check(needs_a_calibration)
