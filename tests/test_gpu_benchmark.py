@@ -27,6 +27,8 @@ from cachequant.benchmarks.gpu.results import (
     Results,
 )
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

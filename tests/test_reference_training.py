@@ -18,6 +18,8 @@ from cachequant.benchmarks.training.architecture import CONTEXT, new_model, trai
 from cachequant.benchmarks.training.curriculum import ANSWER_WEIGHT, STAGES, Sampler, Stage, stage_at
 from cachequant.benchmarks.training.optimizer import FLAT_UNTIL, Muon, orthogonalized, rate_at
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
