@@ -1,4 +1,4 @@
-"""Levels for codebooks: exact weighted k-means in one dimension (KVQuant, arXiv 2401.18079, eq. 1) and its kin.
+"""Levels for codebooks: exact one-dimensional k-means (KVQuant, arXiv 2401.18079, eq. 1), NormalFloat, Lloyd-Max.
 
 A point belongs to its nearest centre, one on the midpoint of two centres to the lower, as in `kernels.quantize`.
 """
